@@ -1,0 +1,44 @@
+# kvmtool: `make` lists the targets; every target sets up what it needs.
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(STAMP) ## make the virtualenv in .venv
+$(STAMP): pyproject.toml tools/venv.sh
+	@sh tools/venv.sh $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## run nlist, read and procs on the embedded sample
+	@sh tools/demo.sh $(BIN)/kvmtool demo
+
+test: $(STAMP) ## run all tests
+	@$(BIN)/python -m pytest
+
+check: $(STAMP) ## lint, types, layering, generated documents
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy --strict kvmtool
+	@$(BIN)/python -m pytest tests/test_layering.py
+	@$(BIN)/python tools/docs.py --check
+
+docs: $(STAMP) ## write the generated documents
+	@$(BIN)/python tools/docs.py
+
+layouts: $(STAMP) ## compile the layout database from ../shared/data/layouts
+	@$(BIN)/python tools/build_layouts.py
+
+sample: $(STAMP) ## build the embedded sample
+	@$(BIN)/python tools/build_sample.py
+
+bench: $(STAMP) ## measure against llvm-nm and bare imports, as ratios
+	@$(BIN)/python tools/bench.py
+
+clean: ## remove the virtualenv and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache demo
+
+.PHONY: help venv demo test check docs layouts sample bench clean
+.DEFAULT_GOAL := help

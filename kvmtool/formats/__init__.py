@@ -1,0 +1,134 @@
+"""What memory comes from: one file per container, and the visible list of them.
+
+A format is recognised by its bytes, never by its name, and loaded only when its magic fits.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from kvmtool.errors import UnknownFormatError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from kvmtool.memory import RunMemory
+    from kvmtool.source import Source
+
+PROBE_SIZE = 65536
+
+
+class Run(NamedTuple):
+    """`size` bytes of memory at `address` in `space`, stored at file offset `offset`."""
+
+    space: str
+    address: int
+    size: int
+    offset: int
+
+
+class Thread(NamedTuple):
+    """The register sets of one CPU or thread: (flavor number, raw bytes)."""
+
+    states: tuple[tuple[int, bytes], ...]
+
+
+class Facts(NamedTuple):
+    """What a container says of the kernel it holds; None is not said, never a guess.
+
+    `kernel_address` is where the kernel's Mach-O header (its __TEXT) lies in kernel memory, `slide`
+    bytes added to link addresses; `va_bits` how many bits of a kernel pointer are address; `said`
+    maps each fact to the record that gave it.
+    """
+
+    cputype: int
+    cpusubtype: int
+    uuid: bytes | None = None
+    version: str | None = None
+    kernel_address: int | None = None
+    slide: int | None = None
+    va_bits: int | None = None
+    threads: tuple[Thread, ...] = ()
+    said: Mapping[str, str] = {}
+
+
+class Format(Protocol):
+    """A container of memory."""
+
+    name: str
+    live: bool
+    facts: Facts
+    warnings: list[str]
+    container: Any  # what this was taken out of: a Corefile, or None
+
+    @classmethod
+    def probe(cls, head: bytes) -> bool:
+        """Whether `head` (the first bytes, at most 64 KiB) begins such a file."""
+        ...
+
+    def __init__(self, source: Source) -> None:
+        """Read the container's tables; reports everything that is wrong with them."""
+        ...
+
+    def runs(self) -> Iterator[Run]:
+        """What memory there is, in file order."""
+        ...
+
+    def virtual(self) -> RunMemory | None:
+        """The kernel's address space, where the container holds it directly."""
+        ...
+
+
+class FormatEntry(NamedTuple):
+    """A format's name, its module and class, and the magics one of which its file begins with."""
+
+    name: str
+    module: str
+    attribute: str
+    magics: tuple[bytes, ...]
+
+
+FORMATS = (
+    FormatEntry(
+        "macho-core",
+        "kvmtool.formats.macho_core",
+        "MachOCore",
+        (b"\xce\xfa\xed\xfe", b"\xcf\xfa\xed\xfe", b"\xfe\xed\xfa\xce", b"\xfe\xed\xfa\xcf"),
+    ),
+    FormatEntry(
+        "corefile",
+        "kvmtool.formats.corefile",
+        "Corefile",
+        (b"Sad Mac\0", b"Rad Mac\0", b"Boss Mac"),
+    ),
+)
+
+
+def identify(source: Source) -> FormatEntry:
+    """The format whose probe accepts the bytes. Raises `UnknownFormatError`."""
+    head = source.read_at(0, min(source.size, PROBE_SIZE))
+    if not head:
+        raise UnknownFormatError(source.name, 0, "the file is empty")
+    for entry in FORMATS:
+        if head.startswith(entry.magics) and load(entry).probe(head):
+            return entry
+    tried = ", ".join(entry.name for entry in FORMATS)
+    raise UnknownFormatError(
+        source.name, 0, f"no known format begins with {head[:8].hex(' ')} (tried {tried})"
+    )
+
+
+def by_name(name: str) -> FormatEntry:
+    """The format called `name`. Raises `UnknownFormatError`."""
+    for entry in FORMATS:
+        if entry.name == name:
+            return entry
+    known = ", ".join(entry.name for entry in FORMATS)
+    raise UnknownFormatError(name, None, f"is no format kvmtool knows (expected one of {known})")
+
+
+def load(entry: FormatEntry) -> type[Format]:
+    """The class of a format."""
+    loaded: type[Format] = getattr(import_module(entry.module), entry.attribute)
+    return loaded

@@ -1,0 +1,191 @@
+"""The nlist entries and string table of a Mach-O symbol table.
+
+One name is found without reading the table: the string is searched in the mapped string table, and
+its index in the mapped entries. Only a question about all symbols, or about many, walks the table.
+Source: EXTERNAL_HEADERS/mach-o/nlist.h and stab.h, xnu-11417.121.6.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+from typing import TYPE_CHECKING, NamedTuple
+
+from kvmtool.errors import FormatError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from kvmtool.source import Source
+
+N_STAB, N_PEXT, N_TYPE, N_EXT = 0xE0, 0x10, 0x0E, 0x01
+N_UNDF, N_ABS, N_INDR, N_PBUD, N_SECT = 0x0, 0x2, 0xA, 0xC, 0xE
+
+_ENTRY = {
+    (order, wide): Struct(order + ("IBBhQ" if wide else "IBBhI"))
+    for order in "<>"
+    for wide in (False, True)
+}
+_FEW = 16  # more places in the string table than this: walk the entries once instead
+
+
+class Nlist(NamedTuple):
+    """One entry. `n_value` is as linked: no slide; `place` is where it stands in the table."""
+
+    name: str
+    n_type: int
+    n_sect: int
+    n_desc: int
+    n_value: int
+    place: int
+
+    @property
+    def defined(self) -> bool:
+        """Whether it names an address or a number: no stab, nothing undefined or common."""
+        return not self.n_type & N_STAB and self.n_type & N_TYPE not in (N_UNDF, N_PBUD)
+
+
+class NlistTable:
+    """`nsyms` entries at file offset `symoff`, their names in `strsize` bytes at `stroff`."""
+
+    def __init__(
+        self,
+        source: Source,
+        symoff: int,
+        nsyms: int,
+        stroff: int,
+        strsize: int,
+        byteorder: str,
+        is64: bool,
+    ) -> None:
+        """Raises `FormatError` when entries or names do not lie inside the file."""
+        self._source = source
+        self._entry = _ENTRY[byteorder, is64]
+        self._index = Struct(byteorder + "I")
+        self.symoff, self.nsyms, self.stroff, self.strsize = symoff, nsyms, stroff, strsize
+        self._table_end = symoff + nsyms * self._entry.size
+        self._strings: bytes | None = None
+        for what, start, end in (
+            ("symbol table", symoff, self._table_end),
+            ("string table", stroff, stroff + strsize),
+        ):
+            if end > source.size:
+                raise FormatError(
+                    source.name,
+                    start,
+                    f"{what}: expected {end - start:#x} bytes, the file ends at {source.size:#x}",
+                )
+
+    def __len__(self) -> int:
+        return self.nsyms
+
+    def find(self, name: str) -> list[Nlist]:
+        """Every entry called exactly `name`, stabs and undefined ones too, in table order."""
+        encoded = name.encode("utf-8", "surrogateescape")
+        if not encoded or b"\0" in encoded:
+            return []
+        places = self._places(encoded)
+        if len(places) > _FEW:
+            wanted = set(places)
+            found = [at for at, strx in enumerate(self._string_indices()) if strx in wanted]
+        else:
+            found = sorted(at for strx in places for at in self._entries_with(strx))
+        return [self._at(at, name) for at in found]
+
+    def _places(self, encoded: bytes) -> list[int]:
+        # A linker may store "read" as the tail of "mmread": any place that ends in NUL will do.
+        end = self.stroff + self.strsize
+        needle = encoded + b"\0"
+        places = []
+        at = self._source.find(needle, self.stroff, end)
+        while at >= 0:
+            places.append(at - self.stroff)
+            at = self._source.find(needle, at + 1, end)
+        tail = max(self.stroff, end - len(encoded))
+        if self._source.read_at(tail, end - tail) == encoded:  # the table's last name lacks its NUL
+            places.append(tail - self.stroff)
+        return places
+
+    def _entries_with(self, strx: int) -> Iterator[int]:
+        needle, size = self._index.pack(strx), self._entry.size
+        at = self._source.find(needle, self.symoff, self._table_end)
+        while at >= 0:
+            index, inside = divmod(at - self.symoff, size)
+            if inside == 0:
+                yield index
+            at = self._source.find(needle, at + 1, self._table_end)
+
+    def _string_indices(self) -> Iterator[int]:
+        return (fields[0] for fields in self._entry.iter_unpack(self._entries()))
+
+    def _entries(self) -> bytes:
+        return self._source.read_at(self.symoff, self._table_end - self.symoff)
+
+    def _at(self, index: int, name: str) -> Nlist:
+        size = self._entry.size
+        fields = self._entry.unpack(self._source.read_at(self.symoff + index * size, size))
+        return Nlist._make((name, *fields[1:], index))
+
+    def __iter__(self) -> Iterator[Nlist]:
+        """Every entry in table order; a name outside the string table is an error."""
+        name_of = self._name_of
+        for index, (strx, n_type, n_sect, n_desc, n_value) in enumerate(
+            self._entry.iter_unpack(self._entries())
+        ):
+            yield Nlist(name_of(strx, index), n_type, n_sect, n_desc, n_value, index)
+
+    def values(self) -> Iterator[tuple[int, int, int]]:
+        """(index, n_type, n_value) of every entry that is no stab, in bulk and without names."""
+        for index, (_, n_type, _, _, n_value) in enumerate(
+            self._entry.iter_unpack(self._entries())
+        ):
+            if not n_type & N_STAB:
+                yield index, n_type, n_value
+
+    def entry(self, index: int) -> Nlist:
+        """The entry at `index`, with its name."""
+        size = self._entry.size
+        raw = self._source.read_at(self.symoff + index * size, size)
+        return self._at(index, self._name_of(self._index.unpack_from(raw)[0], index))
+
+    def _name_of(self, strx: int, index: int) -> str:
+        strings = self._strings
+        if strings is None:
+            strings = self._strings = self._source.read_at(self.stroff, self.strsize)
+        if strx >= len(strings):
+            if strx == 0:  # mach-o/nlist.h: index 0 is the empty name, table or no table
+                return ""
+            raise FormatError(
+                self._source.name,
+                self.symoff + index * self._entry.size,
+                f"symbol: n_strx {strx:#x}, expected less than strsize {self.strsize:#x}",
+            )
+        end = strings.find(b"\0", strx)
+        return strings[strx : end if end >= 0 else None].decode("utf-8", "surrogateescape")
+
+
+def type_letter(entry: Nlist, sections: tuple[tuple[str, str], ...], kext: bool = False) -> str:
+    """The letter nm prints: `sections` are (segname, sectname) in file order, n_sect from 1.
+
+    `kext` is whether the file is a 64-bit MH_KEXT_BUNDLE, whose code sits in __TEXT_EXEC.
+    """
+    if entry.n_type & N_STAB:
+        return "-"
+    kind = entry.n_type & N_TYPE
+    if kind in (N_UNDF, N_PBUD):
+        # An undefined entry with a value is a common symbol of that size (mach-o/nlist.h).
+        return "C" if kind == N_UNDF and entry.n_value else "U"
+    letter = {N_ABS: "a", N_INDR: "i"}.get(kind, "?")
+    if kind == N_SECT:
+        letter = "s"
+        if 1 <= entry.n_sect <= len(sections):
+            letter = _SECTION_LETTER.get(sections[entry.n_sect - 1], "s")
+            if kext and sections[entry.n_sect - 1] == ("__TEXT_EXEC", "__text"):
+                letter = "t"
+    return letter.upper() if entry.n_type & N_EXT else letter
+
+
+_SECTION_LETTER = {
+    ("__TEXT", "__text"): "t",
+    ("__DATA", "__data"): "d",
+    ("__DATA", "__bss"): "b",
+}

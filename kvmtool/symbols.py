@@ -1,0 +1,122 @@
+"""Symbols by name and by address. The slide is applied here and nowhere else."""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_right
+from typing import TYPE_CHECKING, NamedTuple
+
+from kvmtool.errors import NotFoundError
+from kvmtool.nlist import N_ABS, N_EXT, N_SECT, N_TYPE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from kvmtool.nlist import Nlist, NlistTable
+
+_NEAR = 3
+_NEAR_POOL = 2000
+
+
+class Symbol(NamedTuple):
+    """A defined symbol: `address` in the running kernel, `n_value` as the linker wrote it."""
+
+    name: str
+    address: int
+    n_type: int
+    n_sect: int
+    n_desc: int
+    n_value: int
+
+
+class SymbolTable:
+    """The symbols of one Mach-O, `slide` bytes from where they were linked."""
+
+    def __init__(self, table: NlistTable | None, slide: int) -> None:
+        """`table` is None for a file without LC_SYMTAB: every lookup then misses."""
+        self._table = table
+        self.slide = slide
+        self._found: dict[str, Symbol | None] = {}
+        self._by_address: tuple[array[int], array[int]] | None = None
+
+    def __len__(self) -> int:
+        return 0 if self._table is None else len(self._table)
+
+    def __iter__(self) -> Iterator[Symbol]:
+        """Every defined symbol in table order."""
+        for entry in self._table or ():
+            if entry.defined:
+                yield self._slid(entry)
+
+    def _slid(self, entry: Nlist) -> Symbol:
+        # An N_ABS value is a number, not a place (mach-o/nlist.h): it does not move.
+        moves = entry.n_type & N_TYPE != N_ABS
+        address = (entry.n_value + self.slide) & 0xFFFFFFFFFFFFFFFF if moves else entry.n_value
+        return Symbol(entry.name, address, entry.n_type, entry.n_sect, entry.n_desc, entry.n_value)
+
+    def get(self, name: str) -> Symbol | None:
+        """The symbol `name`: exactly, else with one leading underscore, else without it."""
+        for spelling in (name, "_" + name, name[1:] if name[:1] == "_" else ""):
+            found = self._exact(spelling) if spelling else None
+            if found is not None:
+                return found
+        return None
+
+    def _exact(self, name: str) -> Symbol | None:
+        if name not in self._found:
+            entries = [] if self._table is None else self._table.find(name)
+            defined = [entry for entry in entries if entry.defined]
+            # Statics may share a name with each other and with the one the world sees.
+            seen = next((entry for entry in defined if entry.n_type & N_EXT), None)
+            best = seen or (defined[0] if defined else None)
+            self._found[name] = None if best is None else self._slid(best)
+        return self._found[name]
+
+    def lookup(self, name: str) -> Symbol:
+        """As `get`, but raises `NotFoundError` with near misses."""
+        found = self.get(name)
+        if found is None:
+            raise NotFoundError("symbol", name, self.near(name), self._hint())
+        return found
+
+    def address(self, name: str) -> int:
+        """The address of `name`; raises `NotFoundError`."""
+        return self.lookup(name).address
+
+    def _hint(self) -> str:
+        return "" if len(self) else "the kernel has no symbol table (is it stripped?)"
+
+    def near(self, name: str) -> list[str]:
+        """Up to three defined names that look like `name`."""
+        stem = name.lstrip("_").lower()
+        if not stem or self._table is None:
+            return []
+        import difflib
+
+        pool = {s.name for s in self if abs(len(s.name) - len(name)) < 4 and stem[0] in s.name}
+        close = sorted(pool, key=lambda other: (stem[:4] not in other.lower(), other))
+        return difflib.get_close_matches(name, close[:_NEAR_POOL], _NEAR, 0.75)
+
+    def at(self, address: int) -> tuple[Symbol, int] | None:
+        """The last symbol at or below `address`, and the distance in bytes; None below all."""
+        addresses, indices = self._sorted()
+        at = bisect_right(addresses, address) - 1
+        if at < 0 or self._table is None:
+            return None
+        symbol = self._slid(self._table.entry(indices[at]))
+        return symbol, address - symbol.address
+
+    def _sorted(self) -> tuple[array[int], array[int]]:
+        if self._by_address is None:
+            pairs = [
+                # of several names for one place the one the world sees comes last, and wins
+                ((value + self.slide) & 0xFFFFFFFFFFFFFFFF, n_type & N_EXT, index)
+                for index, n_type, value in (self._table.values() if self._table else ())
+                if n_type & N_TYPE == N_SECT
+            ]
+            pairs.sort()
+            self._by_address = (
+                array("Q", [pair[0] for pair in pairs]),
+                array("Q", [pair[2] for pair in pairs]),
+            )
+        return self._by_address

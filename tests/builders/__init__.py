@@ -1,0 +1,1 @@
+"""What the tests read: files made byte by byte from the published formats, never by kvmtool."""
