@@ -9,7 +9,7 @@ help: ## list the targets
 venv: $(STAMP) ## make the virtualenv in .venv
 $(STAMP): pyproject.toml tools/venv.sh
 	@sh tools/venv.sh $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat -e '.[dev]'
 	@touch $@
 
 demo: $(STAMP) ## run nlist, read and procs on the embedded sample

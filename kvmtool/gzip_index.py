@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from kvmtool import cache
 
-
 if TYPE_CHECKING:
     from kvmtool.source import Source
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvmtool import macho
 from kvmtool.arch import Arch, arch_for
@@ -20,16 +20,15 @@ from kvmtool.errors import (
     NotFoundError,
     UnsupportedError,
 )
-from kvmtool.image import image_memory
 from kvmtool.macho import MachO
 from kvmtool.source import open_source
 from kvmtool.symbols import Symbol, SymbolTable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from types import TracebackType
 
-    from kvmtool.boot import Boot
+    from kvmtool.boot import Boot, Finder
     from kvmtool.formats import Facts, Format
     from kvmtool.memory import RunMemory
     from kvmtool.source import Source
@@ -40,30 +39,61 @@ if TYPE_CHECKING:
     from kvmtool.xnu.queues import Report
 
 
+class Parts(NamedTuple):
+    """What names need: the kernel's Mach-O, its symbols, and where it was found."""
+
+    kernel: MachO | None
+    symbols: SymbolTable
+    boot: Boot | None
+
+
 class Kvm:
     """A kernel, live or dead: its symbols, its memory, its processes.
 
-    Made by `open`; a context manager. Attributes: `kernel` (the Mach-O of the kernel's file, or the
-    one found in the dump), `dump` (the container, None for a kernel file alone), `arch`, `memory`
-    (the kernel's address space), `symbols`, `boot` (where the kernel lies and how it was found).
+    Made by `open`; a context manager. `dump` is the container (None for a kernel file alone),
+    `arch` the processor. `memory` (the kernel's address space), `kernel` (the Mach-O of the
+    kernel's file, or the one found in the dump), `symbols` and `boot` (where the kernel lies, and
+    how it was found) are made when they are first asked for.
     """
 
     def __init__(
         self,
-        kernel: MachO | None,
         dump: Format | None,
         arch: Arch,
-        memory: RunMemory,
-        symbols: SymbolTable,
-        boot: Boot | None,
+        memory: Callable[[], RunMemory],
+        parts: Callable[[], Parts],
         sources: tuple[Source, ...],
     ) -> None:
         """Use `open`; this only puts the parts together. Takes over `sources` to close them."""
-        self.kernel, self.dump, self.arch = kernel, dump, arch
-        self.memory, self.symbols, self.boot = memory, symbols, boot
+        self.dump, self.arch = dump, arch
         self.layout_name: str | None = None
+        self._make_memory, self._make_parts = memory, parts
         self._sources = sources
         self._closed = False
+
+    @cached_property
+    def _parts(self) -> Parts:
+        return self._make_parts()
+
+    @cached_property
+    def memory(self) -> RunMemory:
+        """The kernel's address space; of a kernel file alone, its segments at link addresses."""
+        return self._make_memory()
+
+    @property
+    def kernel(self) -> MachO | None:
+        """The Mach-O of the kernel; None when neither a file nor the dump has it."""
+        return self._parts.kernel
+
+    @property
+    def symbols(self) -> SymbolTable:
+        """The kernel's symbols; empty, with a hint what to do, when there are none to be had."""
+        return self._parts.symbols
+
+    @property
+    def boot(self) -> Boot | None:
+        """Where the kernel lies; None for a kernel file alone, or when it was not found."""
+        return self._parts.boot
 
     def __enter__(self) -> Kvm:
         return self
@@ -93,7 +123,9 @@ class Kvm:
     @property
     def kerndisp(self) -> int | None:
         """The slide in bytes: where the kernel runs minus where it was linked; None if unknown."""
-        return 0 if self.boot is None else self.boot.slide
+        if self.dump is None:
+            return 0
+        return None if self.boot is None else self.boot.slide
 
     def nlist(self, names: Iterable[str]) -> list[Symbol | None]:
         """The symbol for each name, in order; None for a miss."""
@@ -129,31 +161,34 @@ class Kvm:
         return found if found is not None or self.facts is None else self.facts.version
 
     @cached_property
-    def layout(self) -> Choice:
-        """The structure layouts used for this kernel, and why these. Raises `NotFoundError`."""
+    def layouts(self) -> list[Choice]:
+        """The structure layouts that may fit this kernel, the likeliest first, and why these.
+
+        Raises `NotFoundError` when the database has none for this kernel's machine.
+        """
         from kvmtool.types import layouts
 
         if self.layout_name is not None:
             table = layouts.table(self.layout_name)
-            return layouts.Choice(table, "named by the user", False)
+            return [layouts.Choice(table, f"layout {table.name}, named by the user", False)]
         banner = layouts.parse_banner(self.version) if self.version else None
-        return layouts.choose(banner.xnu if banner else None, self.arch.layouts)
+        return layouts.candidates(banner.xnu if banner else None, self.arch.layouts)
 
     @cached_property
-    def target(self) -> Target:
-        """The kernel with types, its layout not yet verified (see `verdict`)."""
+    def tried(self) -> list[tuple[Choice, Target, Verdict]]:
+        """The layouts held against the kernel's memory, until one fits: it is the last."""
         from kvmtool.target import Target
+        from kvmtool.xnu.layout_check import check
 
         address = self.boot.kernel_address if self.boot else 0
         bits = self.facts.va_bits if self.facts else None
-        return Target(self.arch, self.memory, self.symbols, self.layout.table, bits, address)
-
-    @cached_property
-    def verdict(self) -> Verdict:
-        """Whether the layout fits this kernel, held against its memory."""
-        from kvmtool.xnu.layout_check import check
-
-        return check(self.target)
+        tried = []
+        for choice in self.layouts:
+            target = Target(self.arch, self.memory, self.symbols, choice.table, bits, address)
+            tried.append((choice, target, check(target)))
+            if tried[-1][2].fits is not False:
+                break
+        return tried
 
     def verified_target(self) -> Target:
         """The kernel with types that fit it.
@@ -165,15 +200,18 @@ class Kvm:
                 f"{self.kernel.source.name if self.kernel else 'the kernel'} is a kernel file, "
                 "its memory is not in it: name a core with -M"
             )
-        if self.verdict.fits is False:
+        if not len(self.symbols) and self.symbols.hint:
+            raise NotFoundError("symbol", "_allproc", hint=self.symbols.hint)
+        choice, target, verdict = self.tried[-1]
+        if verdict.fits is False:
+            reasons = "; ".join(f"{choice.how}: {verdict.why}" for choice, _, verdict in self.tried)
             raise MismatchError(
-                f"no structure layout fits this kernel ({self.version or 'no banner'}): "
-                f"{self.layout.how}; {self.verdict.why}"
+                f"no structure layout fits this kernel ({self.version or 'no banner'}): {reasons}"
             )
-        if self.verdict.fits is None:
-            text = f"layout {self.layout.table.name} is not verified: {self.verdict.why}"
+        if verdict.fits is None:
+            text = f"layout {choice.table.name} is not verified: {verdict.why}"
             warnings.warn(text, KvmWarning, stacklevel=2)
-        return self.target
+        return target
 
     def procs(self, report: Report | None = None) -> Iterator[Proc]:
         """Every process; what stopped or disagreed goes into `report`. See `xnu.proc.procs`."""
@@ -230,8 +268,14 @@ def _open_static(kernel: str | None) -> Kvm:
         )
     image = open_kernel(kernel)
     arch = arch_for(image.cputype, image.cpusubtype)
-    symbols = SymbolTable(image.symtab, 0)
-    return Kvm(image, None, arch, image_memory(image), symbols, None, (image.source,))
+    parts = Parts(image, SymbolTable(image.symtab, 0), None)
+    return Kvm(None, arch, lambda: _static_memory(image), lambda: parts, (image.source,))
+
+
+def _static_memory(image: MachO) -> RunMemory:
+    from kvmtool.image import image_memory
+
+    return image_memory(image)
 
 
 def open_format(source: Source, name: str | None) -> tuple[Format, tuple[Source, ...]]:
@@ -268,19 +312,19 @@ def _open_dump(
             f"{image.source.name} is a kernel for {theirs}, {core} a dump of {arch.name}; "
             "--force goes on all the same"
         )
-    memory = dump.virtual()
+    memory: RunMemory | None = dump.virtual()
     if memory is None:
         raise UnsupportedError(f"{core}: {dump.name} holds no kernel address space")
     finder = Finder(memory, facts, arch, core, image)
-    boot = finder.find(force) if slide is None else finder.at_slide(slide)
     if image is None:
-        image, symbols, boot = _kernel_inside(memory, boot, core)
-    else:
-        symbols = SymbolTable(image.symtab, boot.slide or 0)
-    return Kvm(image, dump, arch, memory, symbols, boot, (image.source, *inner, source))
+        sources = (*inner, source)
+        return Kvm(dump, arch, lambda: memory, lambda: _kernel_inside(finder, core), sources)
+    boot = finder.find(force) if slide is None else finder.at_slide(slide)
+    parts = Parts(image, SymbolTable(image.symtab, boot.slide or 0), boot)
+    return Kvm(dump, arch, lambda: memory, lambda: parts, (image.source, *inner, source))
 
 
-def _kernel_inside(memory: RunMemory, boot: Boot, core: str) -> tuple[MachO, SymbolTable, Boot]:
+def _kernel_inside(finder: Finder, core: str) -> Parts:
     """The kernel in the dump's own memory, and its symbols where the dump holds them.
 
     The table in memory may be as linked or as run; `__mh_execute_header`, which is the header's
@@ -289,20 +333,22 @@ def _kernel_inside(memory: RunMemory, boot: Boot, core: str) -> tuple[MachO, Sym
     from kvmtool.boot import uuid_text
     from kvmtool.image import LoadedImage
 
-    image = MachO(LoadedImage(memory, boot.kernel_address, core))
-    missing = NotFoundError(
-        "symbol table",
-        f"of the kernel in {core}",
-        hint=f"name the file of kernel {uuid_text(boot.uuid)} "
-        f"({boot.version or 'no banner'}) with -N",
-    )
+    try:
+        boot = finder.find()
+    except NotFoundError as error:
+        return Parts(None, SymbolTable(None, 0, str(error)), None)
+    image = MachO(LoadedImage(finder.memory, boot.kernel_address, core))
     try:
         table = image.symtab
         found = table.find("__mh_execute_header") if table is not None else []
-    except FormatError as error:
-        raise missing from error
+    except FormatError:
+        table, found = None, []
     header = next((entry for entry in found if entry.defined), None)
     if header is None:
-        raise missing
+        hint = (
+            f"{core} holds no symbol table; name the file of kernel {uuid_text(boot.uuid)} "
+            f"({boot.version or 'no banner'}) with -N"
+        )
+        return Parts(image, SymbolTable(None, 0, hint), boot)
     slide = boot.kernel_address - header.n_value
-    return image, SymbolTable(table, slide), boot._replace(slide=slide)
+    return Parts(image, SymbolTable(table, slide), boot._replace(slide=slide))

@@ -256,6 +256,11 @@ class MachO:
         """The first segment of that name."""
         return next((s for s in self.segments if s.segname == segname), None)
 
+    def segment_at(self, address: int) -> Segment | None:
+        """The segment whose link addresses hold `address`."""
+        inside = (s for s in self.segments if s.vmaddr <= address < s.vmaddr + s.vmsize)
+        return next(inside, None)
+
     @cached_property
     def sections(self) -> tuple[Section, ...]:
         """All sections of all segments; an nlist's n_sect counts them from 1."""

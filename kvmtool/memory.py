@@ -134,11 +134,15 @@ class RunMemory:
             return self.source.read_at(offset + address - self._starts[at], size)
         if size == 0:
             return b""
+        self.check(address, size)
         spans = list(self._spans(address, size))
-        for start, _, held in spans:
+        return b"".join(self._get(offset, length) for _, length, offset in spans)
+
+    def check(self, address: int, size: int) -> None:
+        """Raises `FaultError` for the first bad address of the range; reads nothing."""
+        for start, _, held in self._spans(address, size):
             if held is None:
                 raise FaultError(self.space, start, size, self._reason(start))
-        return b"".join(self._get(offset, length) for _, length, offset in spans)
 
     def read_pieces(self, address: int, size: int) -> Iterator[Piece]:
         """See `Memory.read_pieces`."""

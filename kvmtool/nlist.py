@@ -25,7 +25,9 @@ _ENTRY = {
     for order in "<>"
     for wide in (False, True)
 }
-_FEW = 16  # more places in the string table than this: walk the entries once instead
+_NATIVE = Struct("=I")
+_FEW = 3  # more places in the string table than this: pass over the entries once instead
+_SCAN = 1 << 15  # entries held at a time in that pass
 
 
 class Nlist(NamedTuple):
@@ -85,11 +87,24 @@ class NlistTable:
             return []
         places = self._places(encoded)
         if len(places) > _FEW:
-            wanted = set(places)
-            found = [at for at, strx in enumerate(self._string_indices()) if strx in wanted]
+            found = self._scan(places)
         else:
             found = sorted(at for strx in places for at in self._entries_with(strx))
         return [self._at(at, name) for at in found]
+
+    def _scan(self, places: list[int]) -> list[int]:
+        """Entries whose n_strx is one of `places`, by one pass over that column of the table."""
+        size, step = self._entry.size, self._entry.size // 4
+        # compared as native integers, whatever the file's byte order: no conversion in the loop
+        wanted = {_NATIVE.unpack(self._index.pack(strx))[0] for strx in places}
+        found = []
+        for start in range(0, self.nsyms, _SCAN):
+            count = min(_SCAN, self.nsyms - start)
+            raw = self._source.read_at(self.symoff + start * size, count * size)
+            column = memoryview(raw).cast("I")[::step].tolist()
+            if not wanted.isdisjoint(column):
+                found += [start + at for at, strx in enumerate(column) if strx in wanted]
+        return found
 
     def _places(self, encoded: bytes) -> list[int]:
         # A linker may store "read" as the tail of "mmread": any place that ends in NUL will do.
@@ -113,9 +128,6 @@ class NlistTable:
             if inside == 0:
                 yield index
             at = self._source.find(needle, at + 1, self._table_end)
-
-    def _string_indices(self) -> Iterator[int]:
-        return (fields[0] for fields in self._entry.iter_unpack(self._entries()))
 
     def _entries(self) -> bytes:
         return self._source.read_at(self.symoff, self._table_end - self.symoff)

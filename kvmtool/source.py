@@ -45,7 +45,8 @@ class FileSource:
     def __init__(self, path: str) -> None:
         """Map the file at `path`. Raises OSError, or `FormatError` for what is not a file."""
         self.name = path
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        # O_NONBLOCK: a FIFO is refused below, not waited for
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
         try:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
@@ -64,7 +65,9 @@ class FileSource:
 
     def find(self, needle: bytes, start: int, end: int) -> int:
         """See `Source.find`."""
-        return self._map.find(needle, start, end) if self._map is not None else -1
+        if self._map is None or start >= self.size:
+            return -1
+        return self._map.find(needle, start, min(end, self.size))
 
     def close(self) -> None:
         """See `Source.close`."""

@@ -7,7 +7,7 @@ from bisect import bisect_right
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvmtool.errors import NotFoundError
-from kvmtool.nlist import N_ABS, N_EXT, N_SECT, N_TYPE
+from kvmtool.nlist import N_ABS, N_EXT, N_SECT, N_TYPE, N_UNDF
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,8 +32,9 @@ class Symbol(NamedTuple):
 class SymbolTable:
     """The symbols of one Mach-O, `slide` bytes from where they were linked."""
 
-    def __init__(self, table: NlistTable | None, slide: int) -> None:
-        """`table` is None for a file without LC_SYMTAB: every lookup then misses."""
+    def __init__(self, table: NlistTable | None, slide: int, hint: str = "") -> None:
+        """`table` is None where there is none: every lookup misses, and `hint` says why."""
+        self.hint = hint
         self._table = table
         self.slide = slide
         self._found: dict[str, Symbol | None] = {}
@@ -48,10 +49,21 @@ class SymbolTable:
             if entry.defined:
                 yield self._slid(entry)
 
+    def entries(self) -> Iterator[Nlist]:
+        """Every entry in table order, stabs and undefined ones too, as linked."""
+        return iter(self._table or ())
+
+    def address_of(self, entry: Nlist) -> int:
+        """Where the entry lies in the running kernel.
+
+        An N_ABS value is a number and an undefined one a size (mach-o/nlist.h): neither moves.
+        """
+        if entry.n_type & N_TYPE in (N_ABS, N_UNDF):
+            return entry.n_value
+        return (entry.n_value + self.slide) & 0xFFFFFFFFFFFFFFFF
+
     def _slid(self, entry: Nlist) -> Symbol:
-        # An N_ABS value is a number, not a place (mach-o/nlist.h): it does not move.
-        moves = entry.n_type & N_TYPE != N_ABS
-        address = (entry.n_value + self.slide) & 0xFFFFFFFFFFFFFFFF if moves else entry.n_value
+        address = self.address_of(entry)
         return Symbol(entry.name, address, entry.n_type, entry.n_sect, entry.n_desc, entry.n_value)
 
     def get(self, name: str) -> Symbol | None:
@@ -84,7 +96,9 @@ class SymbolTable:
         return self.lookup(name).address
 
     def _hint(self) -> str:
-        return "" if len(self) else "the kernel has no symbol table (is it stripped?)"
+        if len(self):
+            return ""
+        return self.hint or "the kernel has no symbol table (is it stripped?)"
 
     def near(self, name: str) -> list[str]:
         """Up to three defined names that look like `name`."""

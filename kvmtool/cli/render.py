@@ -233,7 +233,7 @@ def _record_lines(record: Row, columns: Sequence[Column]) -> Iterator[str]:
         else:
             cells = [_table_cell(value, column)]
         for number, cell in enumerate(cells):
-            yield pad("" if number else label, indent) + f"{GAP}{cell}".rstrip() + "\n"
+            yield f"{pad('' if number else label, indent)}{GAP}{cell}".rstrip() + "\n"
 
 
 def _table(rows: Iterable[Row], columns: Sequence[Column], out: TextIO) -> None:

@@ -53,12 +53,22 @@ class Facts(NamedTuple):
     said: Mapping[str, str] = {}
 
 
+class Note(NamedTuple):
+    """A note in a container: `size` bytes at file offset `offset`, `owner` says what they are."""
+
+    owner: str
+    offset: int
+    size: int
+
+
 class Format(Protocol):
     """A container of memory."""
 
     name: str
     live: bool
+    source: Source
     facts: Facts
+    notes: tuple[Note, ...]
     warnings: list[str]
     container: Any  # what this was taken out of: a Corefile, or None
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvmtool import macho
 from kvmtool.errors import FormatError
-from kvmtool.formats import Facts, Run, Thread
-from kvmtool.macho import MachO, Note
+from kvmtool.formats import Facts, Note, Run, Thread
+from kvmtool.macho import MachO
 from kvmtool.memory import RunMemory
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class MachOCore:
         self._table = self.macho.segment_table()
         self.warnings += self.macho.warnings
         self.lost = self._clip()
+        self.notes = tuple(Note(*note) for note in self.macho.notes)
         self.facts = self._facts()
 
     def _clip(self) -> list[tuple[int, int]]:
@@ -106,7 +107,7 @@ class MachOCore:
         for command in self.macho.commands(macho.LC_IDENT):
             text = command.data[8 : 8 + _VERSION_SIZE]
             self._take(facts, said, parse_version_string(text), "LC_IDENT")
-        for note in self.macho.notes:
+        for note in self.notes:
             reader = _NOTE_READERS.get(note.owner)
             if reader is not None:
                 where = f'LC_NOTE "{note.owner}"'

@@ -17,11 +17,13 @@ repeat each other nearly and zlib does the rest; one row is read without its nei
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import zlib
 from bisect import bisect_left
 from struct import Struct as Record
-from struct import calcsize, unpack_from
+from struct import error as StructError
+from struct import unpack_from
 from typing import NamedTuple
 
 from kvmtool.errors import FormatError, NotFoundError
@@ -75,16 +77,13 @@ class _Database:
         self._path = path
         with open(path, "rb") as resource:
             self._packed = resource.read()
-        count_at = len(MAGIC)
-        if self._packed[:count_at] != MAGIC:
-            raise FormatError(path, 0, f"expected {MAGIC!r}, got {self._packed[:count_at]!r}")
-        (count,) = unpack_from("<I", self._packed, count_at)
-        lengths = f"<{count}I"
-        offset = count_at + 4 + calcsize(lengths)
-        self._spans = []
-        for length in unpack_from(lengths, self._packed, count_at + 4):
-            self._spans.append((offset, offset + length))
-            offset += length
+        if not self._packed.startswith(MAGIC):
+            start = self._packed[: len(MAGIC)]
+            raise FormatError(path, 0, f"expected {MAGIC!r}, got {start!r}: reinstall kvmtool")
+        try:
+            self._spans = _spans(self._packed)
+        except StructError as exc:
+            raise FormatError(path, len(MAGIC), f"{exc}: reinstall kvmtool") from exc
         text, _, self._matrix = self.block(0).partition(b"\0")
         tags, _, kernels = text.decode().partition("\n\n")
         self.tags = tags.split("\n")
@@ -111,6 +110,14 @@ class _Database:
 
         found = self.kernels[kernel]
         return TypeTable(found.name, found.origin, tags, load, ALIASES)
+
+
+def _spans(packed: bytes) -> list[tuple[int, int]]:
+    """Start and end in the file of every stream."""
+    (count,) = unpack_from("<I", packed, len(MAGIC))
+    lengths = unpack_from(f"<{count}I", packed, len(MAGIC) + 4)
+    ends = list(itertools.accumulate(lengths, initial=len(MAGIC) + 4 + 4 * count))
+    return list(itertools.pairwise(ends))
 
 
 def _kernel(line: str) -> _Kernel:

@@ -46,7 +46,9 @@ class Region:
         return self.base + len(self.data)
 
     def pin(self, address: int, size: int) -> int:
-        """Reserve [address, address + size) before anything else is allocated."""
+        """Reserve [address, address + size) before anything is allocated there."""
+        if address - self.base < self._next:
+            raise ValueError(f"{address:#x} is not free in {self.name}")
         self._pins.append((address - self.base, address - self.base + size))
         self._grow(address - self.base + size)
         return address
@@ -117,7 +119,11 @@ class Memory:
     def runs(self, pages: int) -> Iterator[tuple[int, bytes]]:
         """(address, bytes) of at most `pages` pages each, whole pages, ascending addresses."""
         step = pages * self.page
+        end = 0
         for region in sorted(self.regions, key=lambda r: r.base):
+            if region.base < end:
+                raise ValueError(f"{region.name} overlaps what lies before it")
+            end = up(region.end, self.page)
             content = bytes(region.data.ljust(up(len(region.data), self.page), b"\0"))
             for at in range(0, len(content), step):
                 yield region.base + at, content[at : at + step]

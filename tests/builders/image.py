@@ -45,9 +45,7 @@ def default_places(arch: str, text: int) -> Places:
 class KernelImage:
     """A kernel under construction."""
 
-    def __init__(
-        self, arch: str, memory: Memory, places: Places, slide: int, sign: Signer
-    ) -> None:
+    def __init__(self, arch: str, memory: Memory, places: Places, slide: int, sign: Signer) -> None:
         self.arch = arch
         self.memory = memory
         self.places = places
@@ -144,6 +142,7 @@ class KernelImage:
         more: Iterable[Sym] = (),
         *,
         absolute_header: bool = False,
+        keep_linkedit: bool = False,
         source_version: Iterable[int] = (),
         registers: Mapping[str, int] | None = None,
     ) -> bytes:
@@ -155,7 +154,10 @@ class KernelImage:
         flags = macho.MH_NOUNDEFS | (0 if absolute_header else macho.MH_PIE)
         file = macho.MachO(self.arch, macho.MH_EXECUTE, flags)
         linkedit = self._segments(file)
-        file.symtab([header, *self.entries, *more], linkedit=linkedit)
+        tables = file.symtab([header, *self.entries, *more], linkedit=linkedit)
+        if keep_linkedit:
+            region = self._region("__LINKEDIT", linkedit)
+            region.write(region.alloc(len(tables)), tables)
         if uuid is not None:
             file.uuid(uuid)
         if source_version:
@@ -172,16 +174,17 @@ class KernelImage:
         if self._data.end - self.slide > self.places.common:
             raise ValueError("__data runs into __common")
         self._data.alloc(self.places.common - (self._data.end - self.slide), 1)
+        code_size = self._code.end - self._code_base
         text_end = up(self._text.end, page) - self.slide
         if self.places.full:
-            self._text.alloc(self.places.data - text_end)
+            self._text.alloc(self.places.data - text_end, 1)
             text_end = self.places.data
         const = Section("__const", "__TEXT", self._consts - self.slide, _CONST_SIZE)
         code_base = self._code_base - self.slide
-        code = Section("__text", self._code.name, code_base, self._code.end - self._code_base)
+        code = Section("__text", self._code.name, code_base, code_size)
         in_text = [const] if self.arch == "arm64" else [const, code]
         content = bytes(self._text.data).ljust(text_end - self.places.text, b"\0")
-        file.segment("__TEXT", self.places.text, content, prot=5, sections=in_text)
+        file.segment("__TEXT", self.places.text, content, fileoff=0, prot=5, sections=in_text)
         if self.arch == "arm64":
             for region, section in ((self._data_const, None), (self._code, code)):
                 address = region.base - self.slide

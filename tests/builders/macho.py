@@ -48,11 +48,28 @@ MACHINES = {
 }
 
 # The register words of the first flavor of each machine, in order (<mach/*/thread_status.h>).
-_X86 = "eax ebx ecx edx edi esi ebp esp ss eflags eip cs ds es fs gs".split()
-_X64 = "rax rbx rcx rdx rdi rsi rbp rsp".split() + [f"r{n}" for n in range(8, 16)]
-_X64 += "rip rflags cs fs gs".split()
+_X86 = [
+    "eax",
+    "ebx",
+    "ecx",
+    "edx",
+    "edi",
+    "esi",
+    "ebp",
+    "esp",
+    "ss",
+    "eflags",
+    "eip",
+    "cs",
+    "ds",
+    "es",
+    "fs",
+    "gs",
+]
+_X64 = ["rax", "rbx", "rcx", "rdx", "rdi", "rsi", "rbp", "rsp"] + [f"r{n}" for n in range(8, 16)]
+_X64 += ["rip", "rflags", "cs", "fs", "gs"]
 _ARM64 = [f"x{n}" for n in range(29)] + ["fp", "lr", "sp", "pc"]
-_PPC = ["srr0", "srr1"] + [f"r{n}" for n in range(32)] + "cr xer lr ctr mq vrsave".split()
+_PPC = ["srr0", "srr1"] + [f"r{n}" for n in range(32)] + ["cr", "xer", "lr", "ctr", "mq", "vrsave"]
 _STATES = {
     "i386": (1, "I", _X86, ()),
     "x86_64": (4, "Q", _X64, ()),
@@ -213,8 +230,11 @@ class MachO:
         linkedit: int | None = None,
         dysymtab: bool = True,
         strsize: int | None = None,
-    ) -> None:
-        """LC_SYMTAB and LC_DYSYMTAB; with `linkedit` a __LINKEDIT segment at that address too."""
+    ) -> bytes:
+        """LC_SYMTAB and LC_DYSYMTAB; with `linkedit` a __LINKEDIT segment at that address too.
+
+        Gives the tables' bytes. `strsize` is claimed instead of the truth.
+        """
         symbols = sorted(symbols, key=_rank) if dysymtab else symbols
         entries, strings = symbol_table(self.machine, symbols)
         claimed = len(strings) if strsize is None else strsize
@@ -235,6 +255,7 @@ class MachO:
             local, defined = ranks.count(0), ranks.count(1)
             counts = (0, local, local, defined, local + defined, ranks.count(2))
             self.command(LC_DYSYMTAB, struct.pack(self._order + "18I", *counts, *(0,) * 12))
+        return entries + strings
 
     def uuid(self, uuid: bytes) -> None:
         """LC_UUID of 16 raw bytes."""
@@ -291,9 +312,7 @@ class MachO:
     def _header_size(self) -> int:
         return 32 if self.machine.width == 8 else 28
 
-    def _place(
-        self, align: int | None = None
-    ) -> tuple[list[int], list[tuple[int, bytes]], int]:
+    def _place(self, align: int | None = None) -> tuple[list[int], list[tuple[int, bytes]], int]:
         """(file offset per command, (offset, payload) pairs, file size)."""
         unit = align or (4 if self.filetype == MH_OBJECT else self.machine.page)
         offsets = [0] * len(self._commands)

@@ -77,7 +77,7 @@ class KextSpec(NamedTuple):
     uuid: bytes | None = None
     hdr_size: int = 0x1000
     references: tuple[str, ...] = ()
-    image: bytes | None = None  # its memory; by default a Mach-O header and zeros
+    image: bytes = b""  # its memory after hdr_size; a Mach-O header is made for the start
 
 
 class CoreShape(NamedTuple):

@@ -22,7 +22,17 @@ if TYPE_CHECKING:
 
 MSG_MAGIC = 0x063061  # <sys/msgbuf.h>
 FSCALE = 2048  # <sys/resource.h> 1 << FSHIFT
-_SLOTS = "d_open d_close d_read d_write d_ioctl d_stop d_reset d_select d_mmap".split()
+_SLOTS = [
+    "d_open",
+    "d_close",
+    "d_read",
+    "d_write",
+    "d_ioctl",
+    "d_stop",
+    "d_reset",
+    "d_select",
+    "d_mmap",
+]
 
 # major: d_open d_close d_read d_write d_ioctl d_stop d_reset d_select, d_type (1 tape 2 disk 3 tty)
 CDEVSW = {
@@ -172,8 +182,7 @@ class Statics:
         region = self._memory.region(kext.name, kext.address)
         region.alloc(kext.size)
         region.write(kext.address, _kext_header(self._image.arch, kext))
-        if kext.image is not None:
-            region.write(kext.address, kext.image)
+        region.write(kext.address + kext.hdr_size, kext.image)
         place = kext.address + kext.size - macho.up(types.layout.size("kmod_info"), 16)
         info = Record(types, region, "kmod_info", place)
         info.u32("info_version", 1)

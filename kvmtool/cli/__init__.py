@@ -1,0 +1,106 @@
+"""The command line. Each command parses, makes one library call, and renders the answer.
+
+This is the one place where an error becomes a line on stderr and an exit status: 0 all is well,
+1 an error, 2 a usage error, 3 a partial result.
+"""
+
+from __future__ import annotations
+
+import errno
+import warnings
+from importlib import import_module
+from typing import Any
+
+import click
+
+from kvmtool import __version__
+from kvmtool.cli.params import Where, kernel_options
+from kvmtool.errors import KvmError, KvmWarning
+
+ERROR, USAGE, PARTIAL = 1, 2, 3
+
+# command -> (module in kvmtool.cli, help line); loaded when it is used
+COMMANDS = {
+    "demo": ("demo", "Write the embedded sample, and say what to type."),
+    "info": ("info", "Everything known about a kernel and a core."),
+    "nlist": ("symbols", "Look symbols up, as kvm_nlist does."),
+    "procs": ("procs", "List the processes, as ps does."),
+    "read": ("memory", "Read kernel memory."),
+    "symbols": ("symbols", "List symbols, as nm does."),
+}
+
+
+class Failure(click.ClickException):
+    """A `KvmError` or OSError on its way out: one line on stderr, exit status 1."""
+
+    exit_code = ERROR
+
+    def show(self, file: Any = None) -> None:
+        """The line. Control characters in it (from a file's contents) are escaped."""
+        say(self.message)
+
+
+class Commands(click.Group):
+    """Commands that are imported when they are called, and the translator of errors."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = import_module(f"kvmtool.cli.{COMMANDS[cmd_name][0]}")
+        command: click.Command = getattr(module, cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The commands with their help lines, without importing one of them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in sorted(COMMANDS.items())])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KvmError as error:
+            raise Failure(str(error)) from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise
+            name = f"{error.filename}: " if error.filename is not None else ""
+            raise Failure(f"{name}{error.strerror or error}") from error
+
+
+def say(message: str) -> None:
+    """One line on stderr, with the program's name."""
+    from kvmtool.cli.render import visible
+
+    click.echo(f"kvmtool: {visible(message)}", err=True)
+
+
+def _show_warning(message: Warning | str, *_: Any) -> None:
+    say(f"warning: {message}")
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit status: 0 all is well, 1 an error, 2 a usage error, 3 a partial result.",
+)
+@click.version_option(__version__, prog_name="kvmtool")
+@kernel_options
+def cli(where: Where) -> None:
+    """libkvm for XNU: read the kernel memory of Mac OS X, live or dead, on any host.
+
+    \b
+    Example:
+      kvmtool -N mach_kernel -M core procs
+    """
+    ctx = click.get_current_context()
+    ctx.with_resource(warnings.catch_warnings())
+    warnings.simplefilter("always", KvmWarning)
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
+
+
+def main() -> None:
+    """The console script."""
+    cli(prog_name="kvmtool")

@@ -1,0 +1,231 @@
+"""procs: the process list."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvmtool.cli import PARTIAL, say
+from kvmtool.cli.opening import opened
+from kvmtool.cli.params import (
+    Where,
+    choose_columns,
+    columns_option,
+    core_argument,
+    format_option,
+    kernel_options,
+)
+from kvmtool.cli.render import Column, render
+from kvmtool.unreadable import Unreadable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from kvmtool.xnu.proc import Proc
+
+
+def _short_tty(tty: str) -> str:
+    # ps drops /dev/tty, or /dev/ where that is all there is to drop
+    for prefix in ("/dev/tty", "/dev/"):
+        if tty.startswith(prefix) and len(tty) > len(prefix):
+            return tty[len(prefix) :]
+    return tty
+
+
+def _short_time(iso: str) -> str:
+    return iso[:19].replace("T", " ")
+
+
+COLUMNS = (
+    Column("pid", "PID", "number"),
+    Column("ppid", "PPID", "number"),
+    Column("pgid", "PGID", "number"),
+    Column("sid", "SID", "number"),
+    Column("uid", "UID", "number"),
+    Column("ruid", "RUID", "number"),
+    Column("svuid", "SVUID", "number"),
+    Column("gid", "GID", "number"),
+    Column("rgid", "RGID", "number"),
+    Column("svgid", "SVGID", "number"),
+    Column("groups", "GROUPS", "list"),
+    Column("login", "LOGIN"),
+    Column("tty", "TT", show=_short_tty),
+    Column("tdev", "TDEV", "address"),
+    Column("state", "STAT"),
+    Column("stat", "P_STAT", "number"),
+    Column("flag", "F", "number", lambda flag: f"{flag:x}"),
+    Column("lflag", "LF", "number", lambda flag: f"{flag:x}"),
+    Column("nice", "NI", "number"),
+    Column("priority", "PRI", "number"),
+    Column("start", "STARTED", show=_short_time),
+    Column("start_raw", "START_RAW", "list"),
+    Column("xstat", "XSTAT", "number"),
+    Column("acflag", "ACFLG", "number"),
+    Column("zombie", "ZOMBIE"),
+    Column("threads", "THREADS", "number"),
+    Column("comm", "COMM"),
+    Column("name", "NAME"),
+    Column("command", "COMMAND"),
+    Column("address", "PADDR", "address"),
+    Column("task", "TASK", "address"),
+    Column("ucred", "UCRED", "address"),
+    Column("parent", "PARENT", "address"),
+    Column("pgrp", "PGRP", "address"),
+    Column("session", "SESS", "address"),
+    Column("lists", "LISTS", "list"),
+)
+_DEFAULT = ("pid", "ppid", "pgid", "uid", "login", "tty", "state", "start", "command")
+_STORED = tuple(c.name for c in COLUMNS if c.name not in ("start_raw", "command"))
+
+
+def row_of(proc: Proc) -> dict[str, Any]:
+    """A process under the names that -o and JSON have."""
+    from kvmtool.xnu.proc import iso_time
+
+    row = {name: getattr(proc, name) for name in _STORED}
+    start = proc.start
+    known = start is not None and not isinstance(start, Unreadable)
+    row["start"] = iso_time(start) if known else start
+    row["start_raw"] = list(start) if known else start
+    row["lists"] = list(proc.lists)
+    row["command"] = _command(proc)
+    return row
+
+
+def _command(proc: Proc) -> Any:
+    """The long name where there is one; in brackets what has no command left, as ps does."""
+    if isinstance(proc.comm, Unreadable) or not isinstance(proc.name, str):
+        return proc.comm
+    name = proc.name or proc.comm
+    return f"({name})" if proc.zombie is True else name
+
+
+def _filters(
+    pid: tuple[int, ...], pgid: int | None, sid: int | None, tty: str | None, user: str | None
+) -> list[Callable[[Proc], bool]]:
+    checks: list[Callable[[Proc], bool]] = []
+    if pid:
+        checks.append(lambda proc: proc.pid in pid)
+    if pgid is not None:
+        checks.append(lambda proc: proc.pgid == pgid)
+    if sid is not None:
+        checks.append(lambda proc: proc.sid == sid)
+    if tty is not None:
+        wanted = {tty, f"/dev/{tty}", f"/dev/tty{tty}"}
+        checks.append(lambda proc: proc.tty in wanted)
+    if user is not None:
+        if user.isdigit():
+            checks.append(lambda proc: proc.uid == int(user))
+        else:
+            checks.append(lambda proc: proc.login == user)
+    return checks
+
+
+def _as_tree(procs: list[Proc]) -> Iterator[tuple[Proc, str]]:
+    """The processes parents first, each with the branch drawn before its name.
+
+    Pids may be damaged: whoever has no parent here, or is its own ancestor, stands at the left.
+    """
+    pids = {proc.pid for proc in procs if isinstance(proc.pid, int)}
+    children: dict[int, list[Proc]] = {}
+    roots = []
+    for proc in sorted(procs, key=_pid_key):
+        if isinstance(proc.ppid, int) and proc.ppid in pids and proc.ppid != proc.pid:
+            children.setdefault(proc.ppid, []).append(proc)
+        else:
+            roots.append(proc)
+    shown: set[int] = set()
+    for root in [*roots, *sorted(procs, key=_pid_key)]:
+        yield from _branch(root, children, shown)
+
+
+def _branch(
+    root: Proc, children: dict[int, list[Proc]], shown: set[int]
+) -> Iterator[tuple[Proc, str]]:
+    waiting = [(root, "", "")]
+    while waiting:
+        proc, mark, indent = waiting.pop()
+        if proc.address in shown:
+            continue
+        shown.add(proc.address)
+        yield proc, mark
+        below = children.get(proc.pid, []) if isinstance(proc.pid, int) else []
+        for place, child in enumerate(reversed(below)):
+            last = place == 0
+            mark_of, more = ("`- ", "   ") if last else ("|- ", "|  ")
+            waiting.append((child, indent + mark_of, indent + more))
+
+
+def _pid_key(proc: Proc) -> tuple[int, int]:
+    return (proc.pid if isinstance(proc.pid, int) else 1 << 32, proc.address)
+
+
+def _rows(procs: Iterable[Proc], tree: bool) -> Iterator[dict[str, Any]]:
+    if not tree:
+        for proc in procs:
+            yield row_of(proc)
+        return
+    for proc, mark in _as_tree(list(procs)):
+        row = row_of(proc)
+        if isinstance(row["command"], str):
+            row["command"] = mark + row["command"]
+        yield row
+
+
+@click.command()
+@click.option("--pid", type=int, multiple=True, help="Only this process. Repeatable.")
+@click.option("--pgrp", "pgid", type=int, help="Only this process group.")
+@click.option("--session", "sid", type=int, help="Only this session.")
+@click.option("--tty", help="Only this terminal: ttys000, s000, console.")
+@click.option("--user", help="Only this effective uid, or this login name.")
+@click.option("--tree", is_flag=True, help="Parents first, drawn as a tree.")
+@click.option("--layout", metavar="NAME", help="Use this structure layout; info says which it is.")
+@columns_option
+@format_option
+@kernel_options
+@core_argument
+def procs(
+    pid: tuple[int, ...],
+    pgid: int | None,
+    sid: int | None,
+    tty: str | None,
+    user: str | None,
+    tree: bool,
+    layout: str | None,
+    columns: tuple[str, ...],
+    format: str,
+    where: Where,
+) -> None:
+    """List the processes of a crash dump, as ps does.
+
+    Live ones in the order of allproc, then zombies. What cannot be read is shown as "?"; where a
+    list is torn, what stopped is named on stderr and the exit status is 3.
+
+    \b
+    Example:
+      kvmtool procs -N mach_kernel -M core -o pid,tty,command
+    """
+    from kvmtool.xnu.queues import Report
+
+    default = _DEFAULT if format == "table" else ()
+    chosen = choose_columns(COLUMNS, columns, default)
+    kvm = opened(where, layout)
+    report = Report()
+    checks = _filters(pid, pgid, sid, tty, user)
+    found = (proc for proc in kvm.procs(report) if all(check(proc) for check in checks))
+    unreadable = 0
+
+    def counted() -> Iterator[dict[str, Any]]:
+        nonlocal unreadable
+        for row in _rows(found, tree):
+            unreadable += any(isinstance(row[column.name], Unreadable) for column in chosen)
+            yield row
+
+    render(counted(), chosen, format)
+    for text in (*report.notes, *report.stops):
+        say(text)
+    if unreadable:
+        say(f"{unreadable} processes have fields that could not be read")
+    if report.partial or unreadable:
+        click.get_current_context().exit(PARTIAL)
