@@ -42,7 +42,8 @@ What to type in this folder:
       where the routine is in the kext's file
 
   kvmtool -N mach_kernel -M core procs
-      who was running: one process is stopped, one is a zombie
+      who was running: one process is stopped, one is a zombie. Without -N it works too: the
+      kernel's symbols are in the core.
 
   kvmtool -N mach_kernel -M core info
       everything known about both files

@@ -242,18 +242,20 @@ def test_a_corrupt_stream_reads_exactly_up_to_the_damage(small_chunks, level):
 
 
 @given(st.data())
-def test_whatever_is_overwritten_the_result_is_told(data):
-    stream = bytearray(member(DATA[:60_000]))
+def test_no_overwritten_byte_changes_the_result_untold(data):
+    """Some change nothing: the filling bits of a stored block, a code that is never used."""
+    whole = DATA[:60_000]
+    stream = bytearray(member(whole))
     at = data.draw(st.integers(12, len(stream) - 1))
-    new = data.draw(st.integers(0, 255).filter(lambda value: value != stream[at]))
-    stream[at] = new
+    stream[at] ^= data.draw(st.integers(1, 255))
     source = source_of(bytes(stream))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         size = source.size
-        assert len(source.read_at(0, size)) == size
-        assert source.problems
-    assert told
+        got = source.read_at(0, size)
+        assert len(got) == size
+        assert got == whole or source.problems
+    assert len(told) == len(source.problems)
     with pytest.raises(FormatError):
         source.read_at(size, 1)
 
@@ -297,17 +299,17 @@ def test_reading_on_behind_the_frontier_decodes_each_chunk_once(small_chunks, mo
 
 
 def test_a_bomb_costs_no_memory():
-    source = source_of(member(bytes(256 * MIB)))
+    source = source_of(member(bytes(128 * MIB)))
     tracemalloc.start()
     try:
         with pytest.raises(TruncatedError):
             source.read_at(0, 1 << 50)
-        assert source.size == 256 * MIB
-        assert source.read_at(200 * MIB, 16) == bytes(16)
+        assert source.size == 128 * MIB
+        assert source.read_at(100 * MIB, 16) == bytes(16)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < 80 * MIB
+    assert peak < 64 * MIB
 
 
 @pytest.mark.parametrize(("off", "size"), [(-1, 4), (0, -1), (len(DATA), 1), (1 << 70, 1)])

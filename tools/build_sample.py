@@ -22,7 +22,15 @@ from kvmtool.sample import README, RESOURCE  # noqa: E402
 from kvmtool.types import layouts  # noqa: E402
 from tests.builders import macho  # noqa: E402
 from tests.builders.macho import N_SECT, Section, Sym  # noqa: E402
-from tests.builders.xnu import Built, CoreShape, KextSpec, Places, ProcSpec, build  # noqa: E402
+from tests.builders.xnu import (  # noqa: E402
+    KERNEL_TASK,
+    Built,
+    CoreShape,
+    KextSpec,
+    Places,
+    ProcSpec,
+    build,
+)
 
 # The form is 10.4.6's; this kernel never was.
 BANNER = (
@@ -83,7 +91,7 @@ _vm_map_enter _vm_map_lookup_entry _vm_pageout _vnode_get _vnode_put _wakeup _za
 
 
 def processes() -> list[ProcSpec]:
-    """What ran, oldest first; pid 0 is added by the builder."""
+    """What ran, oldest first."""
 
     def daemon(pid: int, comm: str, after: int, **more: object) -> ProcSpec:
         facts: dict[str, object] = {"start": (BOOT + after, pid * 4099 % 1_000_000)}
@@ -99,6 +107,7 @@ def processes() -> list[ProcSpec]:
     root_here = {"uid": 0, "gid": 0, "groups": ROOT_GROUPS, "login": "amit"}
     login = root_here | {"ruid": 501, "rgid": 501, "flag": SUGID}
     return [
+        KERNEL_TASK._replace(start=(BOOT, 0), groups=ROOT_GROUPS),
         daemon(1, "launchd", 0, ppid=0, threads=(WAITING,) * 3),
         daemon(27, "dynamic_pager", 9),
         daemon(31, "kextd", 10, threads=(WAITING,) * 2),

@@ -1,0 +1,48 @@
+"""Inputs for tools/bench.py: many symbols, many processes."""
+
+from __future__ import annotations
+
+import os
+
+from kvmtool.types import layouts
+
+from builders import xnu
+from builders.specs import ProcSpec
+
+BANNER = (
+    "Darwin Kernel Version 13.4.0: Wed Mar 18 16:20:14 PDT 2015; "
+    "root:xnu-2422.115.14~1/RELEASE_X86_64"
+)
+
+
+def _write(folder: str, name: str, data: bytes) -> str:
+    path = os.path.join(folder, name)
+    with open(path, "wb") as out:
+        out.write(data)
+    return path
+
+
+def write_symbols(folder: str, count: int) -> str:
+    """A kernel with about `count` symbols, `_cdevsw` among them; its path."""
+    built = xnu.build(
+        layouts.table("10.9.5 x86_64"),
+        "x86_64",
+        [ProcSpec(pid=0, ppid=0, comm="kernel_task")],
+        banner=BANNER,
+        more_symbols=xnu.filler_symbols(count, 0xFFFFFF8000300000),
+    )
+    return _write(folder, "symbols.mach_kernel", built.kernel)
+
+
+def write_procs(folder: str, count: int) -> tuple[str, str]:
+    """A kernel and its core with `count` processes; their paths."""
+    procs = [
+        ProcSpec(pid=0, ppid=0, comm="kernel_task"),
+        *(ProcSpec(pid=pid, ppid=1, comm=f"worker{pid}") for pid in range(1, count)),
+    ]
+    layout = layouts.table("10.9.5 x86_64")
+    built = xnu.build(layout, "x86_64", procs, banner=BANNER)
+    return (
+        _write(folder, "procs.mach_kernel", built.kernel),
+        _write(folder, "procs.core", built.core),
+    )

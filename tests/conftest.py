@@ -1,0 +1,20 @@
+"""What every test shares: a cache directory of its own, away from the user's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Indexes and sizes that tests remember must not come from, or reach, the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KVMTOOL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        for name in ("KVMTOOL_KERNEL", "KVMTOOL_CORE"):
+            patch.delenv(name, raising=False)
+        yield
