@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from kvmtool.source import Source
     from kvmtool.target import Target
     from kvmtool.types.layouts import Choice
+    from kvmtool.xnu.kinfo import KinfoProc
     from kvmtool.xnu.layout_check import Verdict
     from kvmtool.xnu.proc import Proc
     from kvmtool.xnu.queues import Report
@@ -218,6 +219,12 @@ class Kvm:
         from kvmtool.xnu.proc import procs
 
         return procs(self.verified_target(), report)
+
+    def getprocs(self, op: int = 0, arg: int = 0, report: Report | None = None) -> list[KinfoProc]:
+        """The processes `op` (KERN_PROC_*) and `arg` select, as a live kernel answers sysctl."""
+        from kvmtool.xnu.getprocs import getprocs
+
+        return getprocs(self.verified_target(), op, arg, report)
 
     def loadavg(self) -> tuple[float, float, float]:
         """The load averages over 1, 5 and 15 minutes. Raises `FaultError` or `NotFoundError`."""

@@ -111,12 +111,12 @@ class NlistTable:
         end = self.stroff + self.strsize
         needle = encoded + b"\0"
         places = []
-        at = self._source.find(needle, self.stroff, end)
+        at = self._source.find(needle, self.stroff + 1, end)  # index 0 is no name: mach-o/nlist.h
         while at >= 0:
             places.append(at - self.stroff)
             at = self._source.find(needle, at + 1, end)
-        tail = max(self.stroff, end - len(encoded))
-        if self._source.read_at(tail, end - tail) == encoded:  # the table's last name lacks its NUL
+        tail = end - len(encoded)  # the table's last name may lack its NUL
+        if tail > self.stroff and self._source.read_at(tail, len(encoded)) == encoded:
             places.append(tail - self.stroff)
         return places
 
@@ -163,9 +163,9 @@ class NlistTable:
         strings = self._strings
         if strings is None:
             strings = self._strings = self._source.read_at(self.stroff, self.strsize)
+        if strx == 0:  # mach-o/nlist.h: the empty name, whatever the string table begins with
+            return ""
         if strx >= len(strings):
-            if strx == 0:  # mach-o/nlist.h: index 0 is the empty name, table or no table
-                return ""
             raise FormatError(
                 self._source.name,
                 self.symoff + index * self._entry.size,
@@ -183,9 +183,9 @@ def type_letter(entry: Nlist, sections: tuple[tuple[str, str], ...], kext: bool 
     if entry.n_type & N_STAB:
         return "-"
     kind = entry.n_type & N_TYPE
-    if kind in (N_UNDF, N_PBUD):
+    if kind == N_UNDF and entry.n_type & N_EXT:
         # An undefined entry with a value is a common symbol of that size (mach-o/nlist.h).
-        return "C" if kind == N_UNDF and entry.n_value else "U"
+        return "C" if entry.n_value else "U"
     letter = {N_ABS: "a", N_INDR: "i"}.get(kind, "?")
     if kind == N_SECT:
         letter = "s"

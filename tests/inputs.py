@@ -25,7 +25,7 @@ def _folder() -> str:
 
 
 def real(name: str) -> str:
-    """Path of the real input `name` (as in data/README.md, without .xz); skips if it is not here."""
+    """Path of the real input `name` (as in data/README.md, without .xz); skips without it."""
     path = os.path.join(DATA, name)
     if os.path.exists(path):
         return os.path.abspath(path)

@@ -16,31 +16,11 @@ from inputs import DUMPS, oracle, plain_core, real, truth
 from kvmtool import sample
 from kvmtool.cli import COMMANDS, cli
 
-FIELDS = [
-    "pid",
-    "ppid",
-    "pgid",
-    "sid",
-    "uid",
-    "ruid",
-    "svuid",
-    "gid",
-    "rgid",
-    "groups",
-    "tty",
-    "login",
-    "stat",
-    "flag",
-    "start",
-    "nice",
-    "xstat",
-    "zombie",
-    "comm",
-    "name",
-    "address",
-    "task",
-    "ucred",
-]
+FIELDS = (
+    *("pid", "ppid", "pgid", "sid", "uid", "ruid", "svuid", "gid", "rgid", "groups", "tty"),
+    *("login", "stat", "flag", "start", "nice", "xstat", "zombie", "comm", "name"),
+    *("address", "task", "ucred"),
+)
 
 
 def run(*arguments: str, status: int = 0) -> Result:

@@ -139,12 +139,11 @@ def test_letters_of_every_kind_of_symbol(arch, filetype, tmp_path):
         Sym(f"_{kind:x}_{binding:x}_{n_sect}", 0x1000 + 16 * n_sect, kind | binding, n_sect)
         for binding in (0, N_EXT, N_PEXT, N_PEXT | N_EXT)
         for kind, n_sect in [
-            *((N_SECT, 1 + n) for n in range(len(sections))),
-            (N_ABS, 0),
-            (N_UNDF, 0),
+            *((N_SECT, n) for n in range(len(sections) + 3)),  # NO_SECT, and some not there
+            *((kind, 0) for kind in (N_ABS, N_UNDF, N_PBUD, 0x4)),  # 0x4 is no type
         ]
     ]
-    symbols += [Sym("_undefined", 0, N_EXT, 0), Sym("_prebound", 0, N_PBUD | N_EXT, 0)]
+    symbols += [Sym(f"_undefined_{n:x}", 0, n, 0) for n in (0, N_EXT, N_PEXT, N_PEXT | N_EXT)]
     file.symtab(symbols, dysymtab=False)
     path = tmp_path / "made"
     path.write_bytes(file.build())
@@ -153,16 +152,14 @@ def test_letters_of_every_kind_of_symbol(arch, filetype, tmp_path):
     assert len({line.split()[-2] for line in ours}) >= 8
 
 
-def test_letters_that_llvm_nm_does_not_print():
-    def letter(n_type, n_sect=0, sections=()):
-        return type_letter(Nlist("_x", n_type, n_sect, 0, 1, 0), sections)
+def test_letters_that_are_not_compared():
+    # llvm-nm shows stabs only when asked to, and an indirect symbol's target instead of its value
+    def letter(n_type):
+        return type_letter(Nlist("_x", n_type, 0, 0, 1, 0), ())
 
-    assert letter(N_GSYM) == "-"
-    assert letter(N_INDR) == "i"  # man nm, Darwin: indirect
+    assert letter(N_GSYM) == letter(N_FUN | N_EXT) == "-"
+    assert letter(N_INDR) == "i"
     assert letter(N_INDR | N_EXT) == "I"
-    assert letter(0x4) == "?"  # no such type
-    assert letter(N_SECT, 1) == "s"  # a section that is not there
-    assert letter(N_SECT, 0, SECTIONS) == "s"  # NO_SECT
 
 
 # against the list of every entry, stabs and all
@@ -170,8 +167,9 @@ def test_letters_that_llvm_nm_does_not_print():
 
 @functools.cache
 def true_entries(dump):
+    """Of the kernel as Apple linked it, whose string table begins with a space: ours has a NUL."""
     with gzip.open(inputs.real(f"types/{dump}.symbols.json.gz")) as packed:
-        return [tuple(row) for row in json.load(packed)]
+        return [(name.lstrip(" "), *rest) for name, *rest in json.load(packed)]
 
 
 @pytest.mark.parametrize("dump", inputs.DUMPS)
@@ -338,8 +336,8 @@ def test_find_is_a_filtered_walk(names, shared, order, wide, data):
             strings += name.encode() + b"\0"
         n_type = data.draw(st.sampled_from([N_SECT, N_SECT | N_EXT, N_GSYM, N_UNDF, N_FUN]))
         rows.append((places[name], n_type, 1, 0, number))
-    if data.draw(st.booleans()):
-        strings = strings[:-1] if len(strings) > 1 else strings
+    if not strings.endswith(b"\0\0") and len(strings) > 1 and data.draw(st.booleans()):
+        strings = strings[:-1]
     table = table_of(rows, strings, order=order, wide=wide)
     walked = list(table)
     assert [entry.name for entry in walked] == names

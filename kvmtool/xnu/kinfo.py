@@ -7,10 +7,10 @@ Source: bsd/sys/sysctl.h and proc.h (extern_proc), bsd/kern/kern_sysctl.c, xnu-7
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from functools import cache
 from struct import Struct
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_type_hints
 
 from kvmtool.errors import FormatError, KvmError
 from kvmtool.unreadable import Unreadable
@@ -34,127 +34,146 @@ class Timeval(NamedTuple):
 class Itimerval(NamedTuple):
     """struct itimerval."""
 
-    it_interval: Timeval = Timeval()
-    it_value: Timeval = Timeval()
+    it_interval: Any
+    it_value: Any
 
 
-def _c(code: str | type, default: Any = 0) -> Any:
-    """A field whose C type is `code`: see `_UNITS`, or an "Ns" char array, or a structure."""
-    return field(default=default, metadata={"code": code})
+# C types by their codes in `_UNITS`; "Ns" is a char array.
+Pointer = Annotated[Any, "P"]
+Int = Annotated[Any, "i"]
+UInt = Annotated[Any, "I"]
+Short = Annotated[Any, "h"]
+UShort = Annotated[Any, "H"]
+Char = Annotated[Any, "b"]
+UChar = Annotated[Any, "B"]
+UQuad = Annotated[Any, "Q"]
+TimevalType = Annotated[Any, "T"]
+ItimervalType = Annotated[Any, "TT"]
+Comm = Annotated[Any, f"{MAXCOMLEN + 1}s"]
+Wmesg = Annotated[Any, f"{WMESGLEN + 1}s"]
+Login = Annotated[Any, f"{COMAPT_MAXLOGNAME}s"]
+Lock = Annotated[Any, "72s"]
+Groups = Annotated[Any, "I" * NGROUPS]
+Ints3 = Annotated[Any, "iii"]
+Ints5 = Annotated[Any, "iiiii"]
+Pointers3 = Annotated[Any, "PPP"]
+
+_NEVER = Timeval()
+_NO_TIMER = Itimerval(_NEVER, _NEVER)
 
 
 @dataclass(frozen=True, slots=True)
 class ExternProc:
     """struct extern_proc. A field may be `Unreadable`; p_comm is char[17], NULs and all."""
 
-    p_starttime: Any = _c("T", Timeval())  # p_un: overlays p_forw and p_back
-    p_vmspace: Any = _c("P")
-    p_sigacts: Any = _c("P")
-    p_flag: Any = _c("I")
-    p_stat: Any = _c("b")
-    p_pid: Any = _c("i")
-    p_oppid: Any = _c("i")
-    p_dupfd: Any = _c("i")
-    user_stack: Any = _c("P")
-    exit_thread: Any = _c("P")
-    p_debugger: Any = _c("i")
-    sigwait: Any = _c("i")
-    p_estcpu: Any = _c("I")
-    p_cpticks: Any = _c("i")
-    p_pctcpu: Any = _c("I")
-    p_wchan: Any = _c("P")
-    p_wmesg: Any = _c("P")
-    p_swtime: Any = _c("I")
-    p_slptime: Any = _c("I")
-    p_realtimer: Any = _c("TT", Itimerval())
-    p_rtime: Any = _c("T", Timeval())
-    p_uticks: Any = _c("Q")
-    p_sticks: Any = _c("Q")
-    p_iticks: Any = _c("Q")
-    p_traceflag: Any = _c("i")
-    p_tracep: Any = _c("P")
-    p_siglist: Any = _c("i")
-    p_textvp: Any = _c("P")
-    p_holdcnt: Any = _c("i")
-    p_sigmask: Any = _c("I")
-    p_sigignore: Any = _c("I")
-    p_sigcatch: Any = _c("I")
-    p_priority: Any = _c("B")
-    p_usrpri: Any = _c("B")
-    p_nice: Any = _c("b")
-    p_comm: Any = _c(f"{MAXCOMLEN + 1}s", b"")
-    p_pgrp: Any = _c("P")
-    p_addr: Any = _c("P")
-    p_xstat: Any = _c("H")
-    p_acflag: Any = _c("H")
-    p_ru: Any = _c("P")
+    p_starttime: TimevalType = _NEVER  # p_un: overlays p_forw and p_back
+    p_vmspace: Pointer = 0
+    p_sigacts: Pointer = 0
+    p_flag: UInt = 0
+    p_stat: Char = 0
+    p_pid: Int = 0
+    p_oppid: Int = 0
+    p_dupfd: Int = 0
+    user_stack: Pointer = 0
+    exit_thread: Pointer = 0
+    p_debugger: Int = 0
+    sigwait: Int = 0
+    p_estcpu: UInt = 0
+    p_cpticks: Int = 0
+    p_pctcpu: UInt = 0
+    p_wchan: Pointer = 0
+    p_wmesg: Pointer = 0
+    p_swtime: UInt = 0
+    p_slptime: UInt = 0
+    p_realtimer: ItimervalType = _NO_TIMER
+    p_rtime: TimevalType = _NEVER
+    p_uticks: UQuad = 0
+    p_sticks: UQuad = 0
+    p_iticks: UQuad = 0
+    p_traceflag: Int = 0
+    p_tracep: Pointer = 0
+    p_siglist: Int = 0
+    p_textvp: Pointer = 0
+    p_holdcnt: Int = 0
+    p_sigmask: UInt = 0
+    p_sigignore: UInt = 0
+    p_sigcatch: UInt = 0
+    p_priority: UChar = 0
+    p_usrpri: UChar = 0
+    p_nice: Char = 0
+    p_comm: Comm = b""
+    p_pgrp: Pointer = 0
+    p_addr: Pointer = 0
+    p_xstat: UShort = 0
+    p_acflag: UShort = 0
+    p_ru: Pointer = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Pcred:
     """struct _pcred, a fake of one that is long gone: only the four ids are filled."""
 
-    pc_lock: Any = _c("72s", b"")
-    pc_ucred: Any = _c("P")
-    p_ruid: Any = _c("I")
-    p_svuid: Any = _c("I")
-    p_rgid: Any = _c("I")
-    p_svgid: Any = _c("I")
-    p_refcnt: Any = _c("i")
+    pc_lock: Lock = b""
+    pc_ucred: Pointer = 0
+    p_ruid: UInt = 0
+    p_svuid: UInt = 0
+    p_rgid: UInt = 0
+    p_svgid: UInt = 0
+    p_refcnt: Int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Ucred:
     """struct _ucred: all 16 of cr_groups, of which cr_ngroups mean something."""
 
-    cr_ref: Any = _c("i")
-    cr_uid: Any = _c("I")
-    cr_ngroups: Any = _c("h")
-    cr_groups: Any = _c("I" * NGROUPS, (0,) * NGROUPS)
+    cr_ref: Int = 0
+    cr_uid: UInt = 0
+    cr_ngroups: Short = 0
+    cr_groups: Groups = (0,) * NGROUPS
 
 
 @dataclass(frozen=True, slots=True)
 class Vmspace:
     """struct vmspace as programs see it; XNU leaves all of it zero."""
 
-    dummy: Any = _c("i")
-    dummy2: Any = _c("P")
-    dummy3: Any = _c("iiiii", (0,) * 5)
-    dummy4: Any = _c("PPP", (0,) * 3)
+    dummy: Int = 0
+    dummy2: Pointer = 0
+    dummy3: Ints5 = (0,) * 5
+    dummy4: Pointers3 = (0,) * 3
 
 
 @dataclass(frozen=True, slots=True)
 class Eproc:
     """struct eproc. e_lcid is e_spare[0] of kernels without login contexts (not 10.5 to 10.8)."""
 
-    e_paddr: Any = _c("P")
-    e_sess: Any = _c("P")
-    e_pcred: Pcred = _c(Pcred, Pcred())
-    e_ucred: Ucred = _c(Ucred, Ucred())
-    e_vm: Vmspace = _c(Vmspace, Vmspace())
-    e_ppid: Any = _c("i")
-    e_pgid: Any = _c("i")
-    e_jobc: Any = _c("h")
-    e_tdev: Any = _c("i")
-    e_tpgid: Any = _c("i")
-    e_tsess: Any = _c("P")
-    e_wmesg: Any = _c(f"{WMESGLEN + 1}s", b"")
-    e_xsize: Any = _c("i")
-    e_xrssize: Any = _c("h")
-    e_xccount: Any = _c("h")
-    e_xswrss: Any = _c("h")
-    e_flag: Any = _c("i")
-    e_login: Any = _c(f"{COMAPT_MAXLOGNAME}s", b"")
-    e_lcid: Any = _c("i")
-    e_spare: Any = _c("iii", (0,) * 3)
+    e_paddr: Pointer = 0
+    e_sess: Pointer = 0
+    e_pcred: Pcred = Pcred()
+    e_ucred: Ucred = Ucred()
+    e_vm: Vmspace = Vmspace()
+    e_ppid: Int = 0
+    e_pgid: Int = 0
+    e_jobc: Short = 0
+    e_tdev: Int = 0
+    e_tpgid: Int = 0
+    e_tsess: Pointer = 0
+    e_wmesg: Wmesg = b""
+    e_xsize: Int = 0
+    e_xrssize: Short = 0
+    e_xccount: Short = 0
+    e_xswrss: Short = 0
+    e_flag: Int = 0
+    e_login: Login = b""
+    e_lcid: Int = 0
+    e_spare: Ints3 = (0,) * 3
 
 
 @dataclass(frozen=True, slots=True)
 class KinfoProc:
     """struct kinfo_proc."""
 
-    kp_proc: ExternProc = _c(ExternProc, ExternProc())
-    kp_eproc: Eproc = _c(Eproc, Eproc())
+    kp_proc: ExternProc = ExternProc()
+    kp_eproc: Eproc = Eproc()
 
     @property
     def comm(self) -> Any:
@@ -203,12 +222,22 @@ _UNITS = {
 _MASKS = {"Q": (1 << 64) - 1, "I": (1 << 32) - 1, "H": 0xFFFF, "B": 0xFF}
 
 
+@cache
+def _members(record: type) -> tuple[tuple[str, Any], ...]:
+    """(name, code) of each member of a structure; the code of a structure inside is its class."""
+    hints = get_type_hints(record, include_extras=True)
+    return tuple(
+        (name, hint if isinstance(hint, type) else hint.__metadata__[0])
+        for name, hint in hints.items()
+    )
+
+
 def _codes(record: type) -> Iterator[str]:
     """The code of every scalar and array in `record`, those of structures inside it in place.
 
     A structure with pointers in it begins and ends where a pointer may stand.
     """
-    codes = [member.metadata["code"] for member in fields(record)]
+    codes = [code for _, code in _members(record)]
     edge = "|" if "P" in codes else ""
     yield edge
     for code in codes:
@@ -250,24 +279,23 @@ def _flatten(value: Any, name: str) -> Iterator[Any]:
     elif isinstance(value, int | bytes):
         yield value
     else:
-        for member in fields(value):
-            yield from _flatten(getattr(value, member.name), f"{name}.{member.name}")
+        for member, _ in _members(value.__class__):
+            yield from _flatten(getattr(value, member), f"{name}.{member}")
 
 
 def _build(record: type, values: Iterator[Any]) -> Any:
     """A `record` of the values at the head of `values`."""
     found: dict[str, Any] = {}
-    for member in fields(record):
-        code = member.metadata["code"]
+    for name, code in _members(record):
         if isinstance(code, type):
-            found[member.name] = _build(code, values)
+            found[name] = _build(code, values)
         elif code == "T":
-            found[member.name] = Timeval(next(values), next(values))
+            found[name] = Timeval(next(values), next(values))
         elif code == "TT":
             pairs = [Timeval(next(values), next(values)) for _ in code]
-            found[member.name] = Itimerval(*pairs)
+            found[name] = Itimerval(*pairs)
         elif code.endswith("s") or len(code) == 1:
-            found[member.name] = next(values)
+            found[name] = next(values)
         else:
-            found[member.name] = tuple(next(values) for _ in code)
+            found[name] = tuple(next(values) for _ in code)
     return record(**found)

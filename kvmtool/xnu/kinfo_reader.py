@@ -1,8 +1,8 @@
-"""Filling kinfo_proc from kernel memory, as sysctl KERN_PROC does, and its filters.
+"""Filling kinfo_proc from kernel memory, as sysctl KERN_PROC does.
 
 Nothing asks for a version: what the kernel's proc has no member for was not there to be told.
-Source: fill_externproc() and fill_eproc() with their 32- and 64-bit forms, and sysdoproc_filt_*()
-in bsd/kern/kern_sysctl.c, xnu-792..11417.
+Source: fill_externproc() and fill_eproc() in their 32- and 64-bit forms, bsd/kern/kern_sysctl.c,
+xnu-792..11417.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from struct import Struct
 from typing import TYPE_CHECKING, Any
 
-from kvmtool.errors import FaultError, UnsupportedError
+from kvmtool.errors import FaultError
 from kvmtool.target import Record, offset_of
 from kvmtool.unreadable import Unreadable
 from kvmtool.xnu.kinfo import (
@@ -25,7 +25,7 @@ from kvmtool.xnu.kinfo import (
     Timeval,
     Ucred,
 )
-from kvmtool.xnu.proc import MAXCOMLEN, NGROUPS, procs
+from kvmtool.xnu.proc import MAXCOMLEN, NGROUPS
 from kvmtool.xnu.proc_state import (
     P_CONTROLT,
     P_LEXIT,
@@ -33,20 +33,13 @@ from kvmtool.xnu.proc_state import (
     P_PPWAIT,
     P_TRACED,
     P_WEXIT,
-    SIDL,
 )
-from kvmtool.xnu.queues import Report
 from kvmtool.xnu.tty import NODEV
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from kvmtool.target import Target
     from kvmtool.xnu.proc import Proc
 
-# bsd/sys/sysctl.h
-KERN_PROC_ALL, KERN_PROC_PID, KERN_PROC_PGRP, KERN_PROC_SESSION = range(4)
-KERN_PROC_TTY, KERN_PROC_UID, KERN_PROC_RUID = range(4, 7)
 NO_PID = 30001  # bsd/sys/proc_internal.h, xnu-792
 P_LPPWAIT = 0x2000  # bsd/sys/proc_internal.h, xnu-1228 on
 
@@ -125,7 +118,7 @@ class KinfoReader:
         """Whether proc's member is wider than a pointer: from xnu-8019 on sigacts is in proc."""
         members = self._target.types.struct("proc").members.values()
         at = self._target.types.offset("proc", name)
-        following = min((m.offset for m in members if m.offset > at), default=at)
+        following = min(m.offset for m in members if m.offset > at and "." not in m.name)
         return following - at > self._target.arch.pointer_size
 
     def _ucred_fields(self) -> dict[str, tuple[int | None, str]]:
@@ -293,51 +286,3 @@ def _eproc_flag(address: int, session: dict[str, Any]) -> Any:
         return unreadable
     flag = EPROC_CTTY if session["ttyvp"] else 0
     return flag | (EPROC_SLEADER if session["leader"] == address else 0)
-
-
-def _same(value: Any, arg: int) -> bool:
-    """Whether a number is the C int `arg`, be it signed or unsigned."""
-    return isinstance(value, int) and not (value ^ arg) & 0xFFFFFFFF
-
-
-def _on_tty(proc: Proc, record: KinfoProc) -> Any:
-    flag, tdev = record.kp_proc.p_flag, record.kp_eproc.e_tdev
-    return tdev if isinstance(flag, Unreadable) or flag & P_CONTROLT else None
-
-
-# op: what of a process must be `arg`. XNU has no filter for SESSION: up to 10.6 it gives every
-# process, later ENOTSUP; here it filters.
-_FILTERS: dict[int, Callable[[Proc, KinfoProc], Any]] = {
-    KERN_PROC_PID: lambda _, record: record.kp_proc.p_pid,
-    KERN_PROC_PGRP: lambda _, record: record.kp_eproc.e_pgid,
-    KERN_PROC_SESSION: lambda proc, _: proc.sid,
-    KERN_PROC_TTY: _on_tty,
-    KERN_PROC_UID: lambda _, record: record.kp_eproc.e_ucred.cr_uid,
-    KERN_PROC_RUID: lambda _, record: record.kp_eproc.e_pcred.p_ruid,
-}
-
-
-def getprocs(
-    target: Target, op: int, arg: int = 0, report: Report | None = None, pointers: bool = True
-) -> list[KinfoProc]:
-    """The processes that `op` (KERN_PROC_*) and `arg` select, live ones first, then zombies.
-
-    As in XNU embryos (SIDL) are left out. `arg` is a C int: -2 and 4294967294 are one uid. Where
-    walks stopped, and who could not be judged, goes into `report`. See `KinfoReader` for
-    `pointers`. Raises `UnsupportedError` for an unknown `op`.
-    """
-    if op != KERN_PROC_ALL and op not in _FILTERS:
-        raise UnsupportedError("invalid filter")
-    report = report if report is not None else Report()
-    reader = KinfoReader(target, pointers)
-    chosen = []
-    for proc in procs(target, report):
-        if proc.stat == SIDL:
-            continue
-        record = reader.read(proc)
-        value = arg if op == KERN_PROC_ALL else _FILTERS[op](proc, record)
-        if isinstance(value, Unreadable):
-            report.notes.append(f"process at {proc.address:#x} left out: {value.reason}")
-        elif _same(value, arg):
-            chosen.append(record)
-    return chosen

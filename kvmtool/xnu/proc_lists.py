@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kvmtool.xnu.proc import ProcReader
 
 _HASH_LIMIT = 1 << 20  # buckets; pidhash is maxproc rounded to a power of two
+_ORDER_SHIFT = 48
 _PID_LIMIT = 1 << 22  # PID_MAX is 99,999 (bsd/sys/proc_internal.h)
 
 
@@ -84,24 +85,57 @@ class Census:
                 yield proc
 
     def _by_hash(self) -> Iterator[int]:
-        """The chains of pidhashtbl, where they are plain LISTs (to xnu-7195, macOS 11)."""
-        target, link = self._target, self._reader.hash_link
-        table, mask = target.symbols.get("_pidhashtbl"), target.symbols.get("_pidhash")
-        plain = not any(
-            target.types.has("proc", f"p_hash.{form}")
-            for form in ("__hazard_ptr", "__smr_ptr", "next")
-        )
-        if table is None or mask is None or link is None or not plain:
+        """The chains of the pid hash, in the form this kernel has."""
+        link = self._reader.hash_link
+        if link is None:
             return
         try:
-            first, buckets = target.pointer(table.address), target.pointer(mask.address) + 1
+            if self._target.symbols.get("_pid_hash") is not None:
+                yield from self._smr_hash(link)
+            elif self._target.symbols.get("_pidhashtbl") is not None:
+                yield from self._hash_table(link)
         except FaultError as fault:
             self._report.stop("pidhash", 0, f"{fault.address:#x} is {fault.reason}")
-            return
+
+    def _hash_table(self, link: int) -> Iterator[int]:
+        """pidhashtbl: an array of LIST heads, `pidhash` its mask (to xnu-8792, macOS 13.0)."""
+        target = self._target
+        mask = target.variable("_pidhash")
+        first = target.variable("_pidhashtbl")
+        if mask is not None and first is not None:
+            yield from self._chains(first, mask + 1, link, 0)
+
+    def _smr_hash(self, link: int) -> Iterator[int]:
+        """struct smr_hash pid_hash, whose links point at links (osfmk/kern/smr_hash.h, xnu-8796).
+
+        Bits 48 to 55 of smrh_array hold 64 minus the logarithm of its size.
+        """
+        target = self._target
+        raw = int.from_bytes(target.memory.read(target.symbols.address("_pid_hash"), 8), "little")
+        order = 64 - (raw >> _ORDER_SHIFT & 0xFF)
+        array = target.strip(raw | 0xFF << _ORDER_SHIFT)
+        yield from self._chains(array, 1 << max(order, 0), link, link)
+
+    def _chains(self, first: int, buckets: int, link: int, into: int) -> Iterator[int]:
+        """The processes of every hash chain; all chains that stop make one line.
+
+        A link points `into` bytes into a process, `link` is where the process has its own.
+        """
         if buckets & (buckets - 1) or buckets > _HASH_LIMIT:
-            self._report.stop("pidhash", 0, f"pidhash {buckets - 1:#x} is no mask of a hash table")
+            self._report.stop("pidhash", 0, f"{buckets:#x} buckets are no hash table's")
             return
-        yield from self._chains(first, buckets, link)
+        size = self._target.arch.pointer_size
+        chains = Report()
+        for head in range(first, first + buckets * size, size):
+            for at in walk_list(self._target, head, link - into, "pidhash", chains):
+                if self._real(at - into):
+                    yield at - into
+        if chains.stops:
+            reason = chains.stops[0].split(": ", 2)[2]
+            self._report.stops.append(
+                f"pidhash: {len(chains.stops)} of {buckets} chains stopped, the first because "
+                f"{reason}"
+            )
 
     def _kernproc(self) -> Iterator[int]:
         try:
@@ -110,21 +144,6 @@ class Census:
             return
         if proc and self._looks_like_proc(proc):
             yield proc
-
-    def _chains(self, first: int, buckets: int, link: int) -> Iterator[int]:
-        """The processes of every hash chain; all chains that stop make one line."""
-        size = self._target.arch.pointer_size
-        chains = Report()
-        for head in range(first, first + buckets * size, size):
-            for proc in walk_list(self._target, head, link, "pidhash", chains):
-                if self._real(proc):
-                    yield proc
-        if chains.stops:
-            reason = chains.stops[0].split(": ", 2)[2]
-            self._report.stops.append(
-                f"pidhash: {len(chains.stops)} of {buckets} chains stopped, the first because "
-                f"{reason}"
-            )
 
     def _linked(self) -> Iterator[int]:
         """Whatever the processes found so far point at, near and far, until nothing is new."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 
-from kvmtool.types import layouts
-
 from builders import xnu
 from builders.specs import ProcSpec
+from kvmtool.types import layouts
 
 BANNER = (
     "Darwin Kernel Version 13.4.0: Wed Mar 18 16:20:14 PDT 2015; "
