@@ -10,6 +10,7 @@ Order: osfmk/kdp notes and strings (xnu-2050..11417), the header scan lldb does
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvmtool import macho
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 BANNER = b"Darwin Kernel Version "
 _BANNER_LIMIT = 512
 _PC_REACH = 32 << 20  # bytes; lldb's SearchForKernelNearPC
+_PC_LIMIT = 64  # threads searched back from; XNU writes one per CPU
 _PAGE = 4096
 _MASK = (1 << 64) - 1
 
@@ -172,15 +174,17 @@ class Finder:
                 yield Candidate(stext, f"lgStext of the low globals page at {address:#x}")
 
     def _near_pc(self) -> Iterator[Candidate]:
-        for thread in self.facts.threads:
-            for flavor, data in thread.states:
-                pc = self.arch.registers(flavor, data).get(self.arch.pc)
-                if pc:
-                    start = self.arch.strip(pc, self.facts.va_bits or 64) & ~(_PAGE - 1)
-                    for address in range(start, max(start - _PC_REACH, 0), -_PAGE):
-                        if self._kernel_header(address) is not None:
-                            yield Candidate(address, f"search back from pc {pc:#x}")
-                            break
+        found = (
+            self.arch.registers(flavor, data).get(self.arch.pc)
+            for thread in self.facts.threads
+            for flavor, data in thread.states
+        )
+        for pc in islice(filter(None, found), _PC_LIMIT):
+            start = self.arch.strip(pc, self.facts.va_bits or 64) & ~(_PAGE - 1)
+            for address in range(start, max(start - _PC_REACH, 0), -_PAGE):
+                if self._kernel_header(address) is not None:
+                    yield Candidate(address, f"search back from pc {pc:#x}")
+                    break
 
     # verification
 

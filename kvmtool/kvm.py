@@ -324,6 +324,8 @@ def _open_dump(
         raise UnsupportedError(f"{core}: {dump.name} holds no kernel address space")
     finder = Finder(memory, facts, arch, core, image)
     if image is None:
+        if slide is not None:
+            finder.at_slide(slide)  # raises: there is nothing to slide
         sources = (*inner, source)
         return Kvm(dump, arch, lambda: memory, lambda: _kernel_inside(finder, core), sources)
     boot = finder.find(force) if slide is None else finder.at_slide(slide)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import heapq
 from array import array
 from bisect import bisect_right
-from itertools import islice
-from operator import gt, le
+from itertools import compress, islice
+from operator import gt, le, lt
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from kvmtool.errors import FaultError
@@ -116,6 +116,11 @@ class RunMemory:
         """
         self.space = space
         self.source = source
+        held = list(map(lt, starts, ends))
+        if not all(held):  # a run of no bytes would cut a hole in two
+            starts, ends, offsets = (
+                array("Q", compress(column, held)) for column in (starts, ends, offsets)
+            )
         if not (_ascending(starts) and _disjoint(starts, ends)):
             starts, ends, offsets = _first_wins(starts, ends, offsets)
         self._starts, self._ends, self._offsets = starts, ends, offsets
@@ -163,9 +168,9 @@ class RunMemory:
         while address < end:
             while at < len(self._starts) and self._ends[at] <= address:
                 at += 1
-            start = self._starts[at] if at < len(self._starts) else ADDRESS_LIMIT
-            if start > address:
-                stop = min(start, end) if start < ADDRESS_LIMIT else end
+            start = self._starts[at] if at < len(self._starts) else end
+            if start > address:  # so too where a wild pointer led past the last address of all
+                stop = min(start, end)
                 yield address, stop - address, None
             else:
                 stop = min(self._ends[at], end)
@@ -200,9 +205,11 @@ class RunMemory:
             at = self.source.find(needle, offset, stop)
             while at >= 0:
                 address = start + at - offset
-                if address % step == 0:
+                beside = -address % step
+                if beside == 0:
                     yield address
-                at = self.source.find(needle, at + 1, stop)
+                    beside = step
+                at = self.source.find(needle, at + beside, stop)
 
 
 def _ascending(values: array[int]) -> bool:

@@ -107,7 +107,7 @@ class SymbolTable:
             return []
         import difflib
 
-        pool = {s.name for s in self if abs(len(s.name) - len(name)) < 4 and stem[0] in s.name}
+        pool = {s.name for s in self if abs(len(s.name) - len(name)) < 4}
         close = sorted(pool, key=lambda other: (stem[:4] not in other.lower(), other))
         return difflib.get_close_matches(name, close[:_NEAR_POOL], _NEAR, 0.75)
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kvmtool.source import Source
 
 PROBE_SIZE = 65536
+PLUGINS = "kvmtool.formats"  # entry-point group by which others add a format
 
 
 class Run(NamedTuple):
@@ -120,22 +121,37 @@ def identify(source: Source) -> FormatEntry:
     head = source.read_at(0, min(source.size, PROBE_SIZE))
     if not head:
         raise UnknownFormatError(source.name, 0, "the file is empty")
-    for entry in FORMATS:
+    tried = []
+    for entry in _every():
         if head.startswith(entry.magics) and load(entry).probe(head):
             return entry
-    tried = ", ".join(entry.name for entry in FORMATS)
+        tried.append(entry.name)
     raise UnknownFormatError(
-        source.name, 0, f"no known format begins with {head[:8].hex(' ')} (tried {tried})"
+        source.name,
+        0,
+        f"no known format begins with {head[:8].hex(' ')} (tried {', '.join(tried)})",
     )
 
 
 def by_name(name: str) -> FormatEntry:
     """The format called `name`. Raises `UnknownFormatError`."""
-    for entry in FORMATS:
+    known = []
+    for entry in _every():
         if entry.name == name:
             return entry
-    known = ", ".join(entry.name for entry in FORMATS)
-    raise UnknownFormatError(name, None, f"is no format kvmtool knows (expected one of {known})")
+        known.append(entry.name)
+    raise UnknownFormatError(
+        name, None, f"is no format kvmtool knows (expected one of {', '.join(known)})"
+    )
+
+
+def _every() -> Iterator[FormatEntry]:
+    """The built-in formats, then those of the entry-point group, which cost more to look up."""
+    yield from FORMATS
+    from importlib.metadata import entry_points
+
+    for point in entry_points(group=PLUGINS):
+        yield FormatEntry(point.name, point.module, point.attr, (b"",))
 
 
 def load(entry: FormatEntry) -> type[Format]:

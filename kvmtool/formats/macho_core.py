@@ -8,6 +8,8 @@ kdp_x86_common.c (2050..2782), osfmk/kdp/kdp_core.c and processor_core.c (3247..
 from __future__ import annotations
 
 from array import array
+from itertools import repeat
+from operator import add
 from struct import Struct
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +26,9 @@ if TYPE_CHECKING:
 
 _FILETYPE = {order: Struct(order + "I") for order in "<>"}
 _UNKNOWN = (1 << 64) - 1  # "main bin spec": all ones is not known
+_WRAP = 1 << 32
 _KERNEL = 1  # "main bin spec" type
+_LAST = (1 << 64) - 1  # the last address
 _NOTE_LIMIT = 1 << 20  # bytes; the longest note XNU writes is under 300
 _VERSION_SIZE = 256
 
@@ -54,10 +58,22 @@ class MachOCore:
             )
         self.warnings: list[str] = []
         self._table = self.macho.segment_table()
+        if not self.macho.is64 and source.size > _WRAP:
+            self._unwrap()
         self.warnings += self.macho.warnings
         self.lost = self._clip()
         self.notes = tuple(Note(*note) for note in self.macho.notes)
         self.facts = self._facts()
+
+    def _unwrap(self) -> None:
+        # kern_dump() of 32-bit kernels counts file offsets in 32 bits (kdp_x86_common.c): past
+        # 4 GiB they start again at 0, while the segments still follow each other in the file.
+        carry = before = 0
+        for index, fileoff in enumerate(self._table.fileoff):
+            if fileoff < before:
+                carry += _WRAP
+            before = fileoff
+            self._table.fileoff[index] = fileoff + carry
 
     def _clip(self) -> list[tuple[int, int]]:
         """Cut what lies past the end of the file off the table; returns the addresses lost."""
@@ -96,7 +112,8 @@ class MachOCore:
     def virtual(self) -> RunMemory:
         """The kernel's address space: where segments overlap the first in the file wins."""
         table = self._table
-        ends = array("Q", map(int.__add__, table.vmaddr, table.filesize))
+        # no array holds the number 2^64: of a segment that ends there the last byte is given up
+        ends = array("Q", map(min, map(add, table.vmaddr, table.filesize), repeat(_LAST)))
         return RunMemory(self.source, table.vmaddr, ends, table.fileoff, lost=self.lost)
 
     # threads and notes
@@ -234,9 +251,10 @@ def parse_version_string(text: bytes) -> dict[str, Any]:
 
 def _hex_number(text: str) -> int | None:
     try:
-        return int(text, 16)
+        number = int(text, 16)
     except ValueError:
         return None
+    return number if 0 <= number <= _LAST else None
 
 
 def _uuid_bytes(text: str) -> bytes | None:
