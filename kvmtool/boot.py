@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from kvmtool.arch import Arch
     from kvmtool.formats import Facts
-    from kvmtool.memory import RunMemory
+    from kvmtool.memory import Memory
 
 BANNER = b"Darwin Kernel Version "
 _BANNER_LIMIT = 512
@@ -65,7 +65,7 @@ class Boot(NamedTuple):
     rejected: tuple[str, ...] = ()
 
 
-def banner_of(memory: RunMemory, symbols: SymbolTable) -> str | None:
+def banner_of(memory: Memory, symbols: SymbolTable) -> str | None:
     """The text at `_version`, or None if there is no such symbol or it cannot be read."""
     symbol = symbols.get("_version")
     if symbol is None:
@@ -89,7 +89,7 @@ class Finder:
     """One search through one dump, with the kernel's file or without it."""
 
     def __init__(
-        self, memory: RunMemory, facts: Facts, arch: Arch, name: str, kernel: MachO | None
+        self, memory: Memory, facts: Facts, arch: Arch, name: str, kernel: MachO | None
     ) -> None:
         """`name` is the dump's, for messages."""
         self.memory, self.facts, self.arch, self.name, self.kernel = (

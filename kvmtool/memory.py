@@ -50,12 +50,24 @@ class Memory(Protocol):
         """All `size` bytes at `address`, or `FaultError` naming the first bad address."""
         ...
 
+    def check(self, address: int, size: int) -> None:
+        """Raises `FaultError` for the first bad address of the range; reads nothing."""
+        ...
+
     def read_pieces(self, address: int, size: int) -> Iterator[Piece]:
         """The range in address order, readable and unreadable pieces alternating."""
         ...
 
     def regions(self) -> Iterator[Region]:
         """Everything that can be read, in address order."""
+        ...
+
+    def find(self, needle: bytes, step: int = 1) -> Iterator[int]:
+        """Addresses of `needle` that are multiples of `step` bytes."""
+        ...
+
+    def __len__(self) -> int:
+        """How many runs of addresses there are."""
         ...
 
 
@@ -116,8 +128,8 @@ class RunMemory:
         """
         self.space = space
         self.source = source
-        held = list(map(lt, starts, ends))
-        if not all(held):  # a run of no bytes would cut a hole in two
+        if not all(map(lt, starts, ends)):  # a run of no bytes would cut a hole in two
+            held = list(map(lt, starts, ends))
             starts, ends, offsets = (
                 array("Q", compress(column, held)) for column in (starts, ends, offsets)
             )

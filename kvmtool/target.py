@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from kvmtool.arch import Arch
-    from kvmtool.memory import RunMemory
+    from kvmtool.memory import Memory
     from kvmtool.symbols import SymbolTable
     from kvmtool.types.model import TypeTable
 
@@ -26,7 +26,7 @@ class Target:
     def __init__(
         self,
         arch: Arch,
-        memory: RunMemory,
+        memory: Memory,
         symbols: SymbolTable,
         types: TypeTable,
         va_bits: int | None = None,

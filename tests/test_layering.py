@@ -26,7 +26,7 @@ PACKAGE = "kvmtool"
 # design.md draws memory.py in room 3, above the formats of room 2, but a container answers with a
 # memory (`Format.virtual` gives a RunMemory). memory.py itself needs nothing but a Source, so here
 # it stands where its imports put it: before the formats. What joins the two (image.py: a Mach-O as
-# memory, memory as a Mach-O) stays behind both.
+# memory, memory as a Mach-O; kernelcache.py, which does that with the kexts inside) is behind both.
 LAYERS = (
     ("foundation", ("errors", "unreadable", "cache")),
     (
@@ -41,9 +41,16 @@ LAYERS = (
         ),
     ),
     ("memory", ("memory",)),
-    ("containers", ("macho", "macho_records", "macho_names", "nlist", "formats")),
-    ("machines", ("image", "arch")),
-    ("names", ("symbols", "boot")),
+    (
+        "containers",
+        (
+            *("macho", "macho_records", "macho_names", "nlist", "formats"),
+            *("peel", "chains", "threaded", "fixups", "fileset", "prelink_info"),
+            *("relocation_types", "relocations"),
+        ),
+    ),
+    ("machines", ("image", "kernelcache", "arch")),
+    ("names", ("symbols", "kext_file", "boot", "kernel_index")),
     ("types", ("types",)),
     ("target", ("target",)),
     ("kernel objects", ("xnu",)),
@@ -58,6 +65,9 @@ THIRD_PARTIES = {
     "construct": ("macho_records", "formats", "types"),
     "rapidgzip": ("gzip_index",),
     "lz4": ("lz4_source",),
+    "lzfse": ("peel",),
+    "backports": ("peel",),  # zstd, in the standard library as `compression` from 3.14 on
+    "compression": ("peel",),
     "click": ("cli",),
     "rich": ("cli",),
 }

@@ -209,6 +209,27 @@ def test_empty_segments_are_nothing():
     assert list(core.virtual().regions()) == [(0x1000, 2 * PAGE)]
 
 
+def test_file_offsets_of_32_bits_start_again_past_4_gib(tmp_path):
+    # kdp_x86_common.c, xnu-2050: offsets are counted in 32 bits, the file goes on
+    file = new_core("i386")
+    places = [0x1000, 0xFFFFF000, 0x100000000, 0x100001000, 0x1FFFFF000, 0x200000000]
+    for number, place in enumerate(places):
+        offset = place & 0xFFFFFFFF
+        file.segment("", 0x1000 * (number + 1), vmsize=PAGE, filesize=PAGE, fileoff=offset)
+    path = tmp_path / "core"
+    with path.open("wb") as out:
+        out.write(file.build())
+        for number, place in enumerate(places):
+            out.seek(place)
+            out.write(page(str(number)))
+    source = FileSource(str(path))
+    core = MachOCore(source)
+    assert core.warnings == []
+    assert [run.offset for run in core.runs()] == places
+    assert core.virtual().read(0x1000, 0x6000) == b"".join(page(str(n)) for n in range(6))
+    source.close()
+
+
 def test_a_core_without_segments_has_no_memory():
     core = core_of(new_core())
     assert list(core.runs()) == []
