@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from kvmtool import macho
 from kvmtool.errors import FaultError, FormatError, MismatchError, NotFoundError
 from kvmtool.image import LoadedImage, image_memory
-from kvmtool.macho import MachO
+from kvmtool.macho import MachO, uuid_text
 from kvmtool.memory import read_cstring
 from kvmtool.symbols import SymbolTable
 
@@ -77,14 +77,6 @@ def banner_of(memory: Memory, symbols: SymbolTable) -> str | None:
     return text.decode("utf-8", "backslashreplace").rstrip() if text.startswith(BANNER) else None
 
 
-def uuid_text(uuid: bytes | None) -> str:
-    """A UUID as Apple's tools print it."""
-    if uuid is None:
-        return "no UUID"
-    digits = uuid.hex().upper()
-    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
-
-
 class Finder:
     """One search through one dump, with the kernel's file or without it."""
 
@@ -128,6 +120,13 @@ class Finder:
         address = (self.link_address + slide) & _MASK
         version = self._banner_at(slide)
         return Boot(address, slide, "given with --slide", self._uuid_at(address), version)
+
+    def uuid_alone(self) -> bytes | None:
+        """The UUID of the kernel in the dump's own memory; None if it was not found there."""
+        try:
+            return self.find().uuid
+        except NotFoundError:
+            return None
 
     # candidates
 

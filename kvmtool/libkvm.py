@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvmtool import kvm as handle
 from kvmtool.errors import FaultError, KvmError
+from kvmtool.memory import RunMemory
 from kvmtool.nlist import N_EXT
 from kvmtool.xnu.getprocs import (
     KERN_PROC_ALL,
@@ -43,6 +44,7 @@ from kvmtool.xnu.queues import Report
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from kvmtool.memory import Memory
     from kvmtool.symbols import Symbol
     from kvmtool.xnu.kinfo import KinfoProc
 
@@ -370,14 +372,22 @@ def kvm_walk_pages(kd: kvm_t, callback: Callable[[kvm_page, Any], Any], closure:
 
 
 def _pages(kvm: handle.Kvm) -> Iterator[kvm_page]:
-    for region in kvm.memory.regions():
-        for start, size, offset in kvm.memory._spans(region.start, region.size):
-            at, end = start, start + size
-            while at < end:
-                stop = min(at - at % PAGE_SIZE + PAGE_SIZE, end)
-                where = -1 if offset is None else offset + at - start
-                yield kvm_page(2, None, at, 0, None, where, stop - at)
-                at = stop
+    for start, size, offset in _spans(kvm.memory):
+        at, end = start, start + size
+        while at < end:
+            stop = min(at - at % PAGE_SIZE + PAGE_SIZE, end)
+            where = -1 if offset is None else offset + at - start
+            yield kvm_page(2, None, at, 0, None, where, stop - at)
+            at = stop
+
+
+def _spans(memory: Memory) -> Iterator[tuple[int, int, int | None]]:
+    """All readable memory as (address, size, file offset); None where no one file holds it."""
+    for region in memory.regions():
+        if isinstance(memory, RunMemory):
+            yield from memory.spans(region.start, region.size)
+        else:
+            yield region.start, region.size, None
 
 
 # processes

@@ -408,3 +408,11 @@ def arch_name(cputype: int, cpusubtype: int) -> str:
         CPU_TYPE_ARM64: "arm64",
         CPU_TYPE_ARM | CPU_ARCH_ABI64_32: "arm64_32",
     }.get(cputype, f"cputype-{cputype:#x}")
+
+
+def uuid_text(uuid: bytes | None) -> str:
+    """A UUID as Apple's tools print it."""
+    if uuid is None:
+        return "no UUID"
+    digits = uuid.hex().upper()
+    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))

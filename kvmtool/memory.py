@@ -152,18 +152,18 @@ class RunMemory:
         if size == 0:
             return b""
         self.check(address, size)
-        spans = list(self._spans(address, size))
+        spans = list(self.spans(address, size))
         return b"".join(self._get(offset, length) for _, length, offset in spans)
 
     def check(self, address: int, size: int) -> None:
         """Raises `FaultError` for the first bad address of the range; reads nothing."""
-        for start, _, held in self._spans(address, size):
+        for start, _, held in self.spans(address, size):
             if held is None:
                 raise FaultError(self.space, start, size, self._reason(start))
 
     def read_pieces(self, address: int, size: int) -> Iterator[Piece]:
         """See `Memory.read_pieces`."""
-        for start, length, offset in self._spans(address, size):
+        for start, length, offset in self.spans(address, size):
             if offset is None:
                 yield Piece(start, length, None, self._reason(start))
             else:
@@ -173,7 +173,7 @@ class RunMemory:
         assert offset is not None
         return bytes(size) if offset == ZERO_FILL else self.source.read_at(offset, size)
 
-    def _spans(self, address: int, size: int) -> Iterator[tuple[int, int, int | None]]:
+    def spans(self, address: int, size: int) -> Iterator[tuple[int, int, int | None]]:
         """The range as (address, size, file offset or None), in address order."""
         end = address + size
         at = max(bisect_right(self._starts, address) - 1, 0)

@@ -9,11 +9,11 @@ import pytest
 
 from kvmtool import kvm
 from kvmtool.arch import arch_for
-from kvmtool.boot import Boot, Finder, banner_of, uuid_text
+from kvmtool.boot import Boot, Finder, banner_of
 from kvmtool.errors import FaultError, MismatchError, NotFoundError
 from kvmtool.formats.macho_core import MachOCore
 from kvmtool.image import image_memory
-from kvmtool.macho import MachO
+from kvmtool.macho import MachO, uuid_text
 from kvmtool.source import BytesSource
 from kvmtool.symbols import SymbolTable
 from kvmtool.types import layouts

@@ -38,6 +38,7 @@ LAYERS = (
             "gzip_source",
             "gzip_index",
             "lz4_source",
+            "pread_source",
         ),
     ),
     ("memory", ("memory",)),
@@ -49,14 +50,21 @@ LAYERS = (
             *("relocation_types", "relocations"),
         ),
     ),
-    ("machines", ("image", "kernelcache", "arch")),
-    ("names", ("symbols", "kext_file", "boot", "kernel_index")),
+    ("machines", ("image", "joined", "paging", "kernelcache", "macho_writer", "arch")),
+    (
+        "names",
+        (
+            *("symbols", "kext_file", "kexts", "boot", "kernel_file"),
+            *("way_in", "way_places", "way_roots", "way_scan"),
+            *("kernel_index", "kernel_search"),
+        ),
+    ),
     ("types", ("types",)),
     ("target", ("target",)),
     ("kernel objects", ("xnu",)),
-    ("handle", ("kvm", "libkvm", "sample")),
+    ("handle", ("handle", "kvm", "libkvm", "sample")),
     ("public names", ("",)),
-    ("front ends", ("cli", "__main__")),
+    ("front ends", ("devices", "fuse", "cli", "__main__")),
 )
 
 # Who may import what is not ours; everything else must be the standard library or kvmtool.
@@ -68,6 +76,7 @@ THIRD_PARTIES = {
     "lzfse": ("peel",),
     "backports": ("peel",),  # zstd, in the standard library as `compression` from 3.14 on
     "compression": ("peel",),
+    "mfusepy": ("fuse",),
     "click": ("cli",),
     "rich": ("cli",),
 }

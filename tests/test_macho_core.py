@@ -93,7 +93,7 @@ def test_formats_have_names():
     for entry in formats.FORMATS:
         assert formats.by_name(entry.name) is entry
         assert formats.load(entry).name == entry.name
-    with pytest.raises(UnknownFormatError, match="expected one of macho-core"):
+    with pytest.raises(UnknownFormatError, match=r"expected one of .*macho-core"):
         formats.by_name("minix")
 
 

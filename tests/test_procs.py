@@ -624,7 +624,7 @@ STATES = [
     ((TH_WAIT,), {"sid": 1, "pgid": 1}, "S"),
     ((TH_WAIT,), {"tty": (4, 17)}, "Ss+"),
     ((TH_WAIT,), {"lflag": 0x400}, "SXs"),
-    ((TH_WAIT,), {"lflag": 0x4}, "SVs"),
+    ((TH_WAIT,), {"lflag": 0x2000}, "SVs"),
 ]
 
 

@@ -23,9 +23,12 @@ ERROR, USAGE, PARTIAL = 1, 2, 3
 COMMANDS = {
     "demo": ("demo", "Write the embedded sample, and say what to type."),
     "info": ("info", "Everything known about a kernel and a core."),
+    "kernels": ("images", "The kernels in the directories of --kernel-path, by UUID."),
+    "kexts": ("images", "The kexts in a kernel's image."),
     "nlist": ("symbols", "Look symbols up, as kvm_nlist does."),
     "procs": ("procs", "List the processes, as ps does."),
     "read": ("memory", "Read kernel memory."),
+    "symbol": ("images", "What lies at an address: name+offset [kext]."),
     "symbols": ("symbols", "List symbols, as nm does."),
 }
 

@@ -23,8 +23,9 @@ _ROWS_SHOWN = 64
 
 def kernel_facts(kvm: Kvm) -> dict[str, Any] | None:
     """What the kernel's Mach-O says of itself."""
-    from kvmtool.boot import banner_of, uuid_text
+    from kvmtool.boot import banner_of
     from kvmtool.image import image_memory
+    from kvmtool.macho import uuid_text
     from kvmtool.macho_names import (
         build_version,
         cpu_name,
@@ -42,6 +43,8 @@ def kernel_facts(kvm: Kvm) -> dict[str, Any] | None:
     banner = None if inside else banner_of(image_memory(image), SymbolTable(image.symtab, 0))
     return {
         "file": image.source.name,
+        "layers": [f"{layer.name}: {layer.detail}" for layer in kvm.layers],
+        "kind": kvm.kind,
         "arch": cpu_name(image.cputype, image.cpusubtype),
         "filetype": filetype_name(image.filetype),
         "flags": flag_names(image.flags),
@@ -74,7 +77,7 @@ def segments(image: MachO) -> list[dict[str, Any]]:
 
 def core_facts(kvm: Kvm, dump: Format) -> dict[str, Any]:
     """What the container holds and says."""
-    from kvmtool.boot import uuid_text
+    from kvmtool.macho import uuid_text
 
     facts = dump.facts
     regions = list(kvm.memory.regions())
@@ -123,20 +126,16 @@ def threads(kvm: Kvm, dump: Format) -> list[dict[str, Any]]:
                 "thread": number,
                 "flavors": flavors,
                 "pc": None if pc is None else pc,
-                "at": None if not pc else symbol_text(kvm, pc),
+                "at": _symbol(kvm, pc),
                 "registers": registers,
             }
         )
     return found
 
 
-def symbol_text(kvm: Kvm, address: int) -> str | None:
-    """`name+0xoffset` of an address, or None outside the kernel's segments."""
-    slide = kvm.kerndisp or 0
-    image = kvm.kernel
-    where = image.segment_at(address - slide) if image is not None else None
-    found = kvm.symbols.at(address) if where is not None else None
-    return None if found is None else f"{found[0].name}+{found[1]:#x}"
+def _symbol(kvm: Kvm, address: int | None) -> str | None:
+    found = kvm.symbol_at(address) if address else None
+    return None if found is None else str(found)
 
 
 def slide_facts(kvm: Kvm) -> dict[str, Any] | None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from kvmtool.cli.hexdump import Piece
     from kvmtool.kvm import Kvm
+    from kvmtool.memory import Memory
 
 _CHUNK = 1 << 20  # bytes held at a time, whatever was asked for
 
@@ -30,8 +31,9 @@ _CHUNK = 1 << 20  # bytes held at a time, whatever was asked for
 class Reading:
     """One range of memory, read piece by piece; counts what could not be read."""
 
-    def __init__(self, kvm: Kvm, address: int, size: int, zero_fill: bool) -> None:
-        self._kvm, self._address, self._size, self._zero_fill = kvm, address, size, zero_fill
+    def __init__(self, memory: Memory, address: int, size: int, zero_fill: bool) -> None:
+        self._memory, self._address, self._size = memory, address, size
+        self._zero_fill = zero_fill
         self.missing = 0
 
     def pieces(self) -> Iterator[Piece]:
@@ -41,7 +43,7 @@ class Reading:
 
         end = self._address + self._size
         for start in range(self._address, end, _CHUNK):
-            for piece in self._kvm.memory.read_pieces(start, min(_CHUNK, end - start)):
+            for piece in self._memory.read_pieces(start, min(_CHUNK, end - start)):
                 if piece.data is not None:
                     yield Piece(piece.address, piece.data, piece.size)
                     continue
@@ -84,15 +86,21 @@ def read(
     or --zero-fill the rest is printed and the exit status is 3. With --raw, --partial ends at the
     first hole, as a short read does.
 
+    Pointers that a kernel's file holds packed (chained fixups) are shown as they will be in memory;
+    --raw gives the bytes of the file.
+
     \b
     Example:
       kvmtool read _version 64 -N mach_kernel -M core
     """
     kvm = opened(where)
     start = address.resolve(kvm.address)
+    memory = kvm.raw_memory if raw else kvm.memory
     if not (partial or zero_fill):
-        kvm.memory.check(start, count)
-    reading = Reading(kvm, start, count, zero_fill)
+        memory.check(start, count)
+    reading = Reading(memory, start, count, zero_fill)
+    if not raw and kvm.decoded(start, count):
+        say("pointers here are decoded, as they will be in memory; --raw gives the file's bytes")
     if raw:
         _write_raw(reading)
     else:

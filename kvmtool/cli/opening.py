@@ -22,5 +22,8 @@ def opened(where: Where, layout: str | None = None) -> Kvm:
         force=where.force,
         format=where.format_name,
         layout=layout,
+        arch=where.arch,
+        kexts=where.kexts,
+        kernel_path=where.kernel_path or None,
     )
     return click.get_current_context().with_resource(kvm)

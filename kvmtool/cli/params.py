@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
     _AddressType = click.ParamType["AddressExpr"]
     _IntType = click.ParamType[int]
+    _KextType = click.ParamType[tuple[str, int]]
 else:  # click before 8.4 is not generic
-    _AddressType = _IntType = click.ParamType
+    _AddressType = _IntType = _KextType = click.ParamType
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -144,6 +145,26 @@ def _number(digits: str) -> int:
     return int(digits)
 
 
+class KextParam(_KextType):
+    """FILE@ADDRESS, the address a number: the last @ divides."""
+
+    name = "kext"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, int]:
+        if isinstance(value, tuple):
+            return value
+        path, _, address = str(value).rpartition("@")
+        if not path:
+            self.fail(f"{value!r}: expected FILE@ADDRESS, as kext@0x3bd01000", param, ctx)
+        try:
+            return path, _number(address)
+        except ValueError as error:
+            self.fail(f"{value}: {error}", param, ctx)
+
+
+KEXT = KextParam()
 ADDRESS = AddressParam()
 SIZE = SizeParam()
 OFFSET = OffsetParam()
@@ -207,6 +228,8 @@ class Where(NamedTuple):
     arch: str | None = None
     format_name: str | None = None  # of the core: `kvmtool.formats` has the names
     force: bool = False
+    kexts: tuple[tuple[str, int], ...] = ()  # files, and the addresses they are loaded at
+    kernel_path: tuple[str, ...] = ()  # directories with kernels; none: KVMTOOL_KERNEL_PATH
 
 
 _KERNEL_OPTIONS = (
@@ -242,6 +265,21 @@ _KERNEL_OPTIONS = (
         help="What the core is, when its bytes do not say so (raw).",
     ),
     click.option("--force", is_flag=True, help="Go on though kernel and core do not match."),
+    click.option(
+        "--kext",
+        "kexts",
+        type=KEXT,
+        metavar="FILE@ADDRESS",
+        multiple=True,
+        help="A kext's file, loaded at an address. Repeatable.",
+    ),
+    click.option(
+        "--kernel-path",
+        type=click.Path(),
+        metavar="DIR",
+        multiple=True,
+        help="Look here for the core's kernel, by UUID (or KVMTOOL_KERNEL_PATH). Repeatable.",
+    ),
 )
 
 

@@ -36,7 +36,7 @@ def _rows(kvm: Kvm, names: tuple[str, ...], raw_value: bool) -> Iterator[dict[st
     letter = Letters(kvm)
     for name, found in zip(names, kvm.nlist(names), strict=True):
         if found is None:
-            near = kvm.symbols.near(name)
+            near = kvm.near(name)
             hint = f" (did you mean {', '.join(near)}?)" if near else ""
             say(f"symbol {name} not found{hint}" if len(kvm.symbols) else _no_symbols(kvm))
             continue

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 PROBE_SIZE = 65536
 PLUGINS = "kvmtool.formats"  # entry-point group by which others add a format
+UNSAID = 0  # cputype (no processor has it) where a container of bare memory does not say one
 
 
 class Run(NamedTuple):
@@ -40,7 +41,8 @@ class Facts(NamedTuple):
 
     `kernel_address` is where the kernel's Mach-O header (its __TEXT) lies in kernel memory, `slide`
     bytes added to link addresses; `va_bits` how many bits of a kernel pointer are address; `said`
-    maps each fact to the record that gave it.
+    maps each fact to the record that gave it. `control` are the control registers of each CPU by
+    their usual names (cr3, TTBR1_EL1, ...).
     """
 
     cputype: int
@@ -52,6 +54,7 @@ class Facts(NamedTuple):
     va_bits: int | None = None
     threads: tuple[Thread, ...] = ()
     said: Mapping[str, str] = {}
+    control: tuple[Mapping[str, int], ...] = ()
 
 
 class Note(NamedTuple):
@@ -101,6 +104,12 @@ class FormatEntry(NamedTuple):
 
 
 FORMATS = (
+    FormatEntry(  # before macho-core: its files may say MH_CORE, too
+        "mac-memory-reader",
+        "kvmtool.formats.mac_memory_reader",
+        "MacMemoryReader",
+        (b"\xce\xfa\xed\xfe", b"\xcf\xfa\xed\xfe"),
+    ),
     FormatEntry(
         "macho-core",
         "kvmtool.formats.macho_core",
@@ -113,6 +122,9 @@ FORMATS = (
         "Corefile",
         (b"Sad Mac\0", b"Rad Mac\0", b"Boss Mac"),
     ),
+    FormatEntry("lime", "kvmtool.formats.lime", "Lime", (b"EMiL",)),
+    FormatEntry("elf-core", "kvmtool.formats.elf_core", "ElfCore", (b"\x7fELF",)),
+    FormatEntry("raw", "kvmtool.formats.raw", "Raw", ()),  # only by name: it has no magic
 )
 
 

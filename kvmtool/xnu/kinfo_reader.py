@@ -29,6 +29,7 @@ from kvmtool.xnu.proc import MAXCOMLEN, NGROUPS
 from kvmtool.xnu.proc_state import (
     P_CONTROLT,
     P_LEXIT,
+    P_LPPWAIT,
     P_LTRACED,
     P_PPWAIT,
     P_TRACED,
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from kvmtool.xnu.proc import Proc
 
 NO_PID = 30001  # bsd/sys/proc_internal.h, xnu-792
-P_LPPWAIT = 0x2000  # bsd/sys/proc_internal.h, xnu-1228 on
 
 # Members of proc that are copied as they are. From p_dupfd on they are gone since xnu-1228 (10.5);
 # user_stack is still in proc, but the newest kernels do not tell it any more.

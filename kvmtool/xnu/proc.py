@@ -261,6 +261,7 @@ _PROC = {
     "stats": ("P", "p_stats"),
     "flag": ("I", "p_flag"),
     "lflag": ("I", "p_lflag"),
+    "listflag": ("I", "p_listflag"),
     "xstat": ("H", "p_xstat"),
     "acflag": ("H", "p_acflag"),
     "priority": ("B", "p_priority"),

@@ -12,7 +12,7 @@ SIDL, SRUN, SSLEEP, SSTOP, SZOMB = 1, 2, 3, 4, 5
 P_CONTROLT, P_LP64, P_SYSTEM, P_TRACED, P_WEXIT = 0x2, 0x4, 0x200, 0x800, 0x2000
 P_PPWAIT = 0x10
 # bsd/sys/proc_internal.h, 10.5 on: these moved from p_flag to p_lflag
-P_LTRACED, P_LPPWAIT, P_LEXIT = 0x400, 0x4, 0x8
+P_LTRACED, P_LPPWAIT, P_LEXIT = 0x400, 0x2000, 0x8
 
 
 def marks(address: int, raw: dict[str, Any], session: dict[str, Any]) -> str:
@@ -20,6 +20,8 @@ def marks(address: int, raw: dict[str, Any], session: dict[str, Any]) -> str:
     flag, lflag, nice = (
         value if isinstance(value, int) else 0 for value in (raw["flag"], raw["lflag"], raw["nice"])
     )
+    if raw["listflag"] is None:  # 10.4 has a p_lflag of other bits, and no p_listflag
+        lflag = 0
     marks = "<" if nice < 0 else "N" if nice > 0 else ""
     if flag & P_TRACED or lflag & P_LTRACED:
         marks += "X"

@@ -1,0 +1,53 @@
+"""Kernels, kexts and dSYMs in the user's directories, whatever they are wrapped in."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvmtool import kernel_index
+from kvmtool.macho import is_macho
+from kvmtool.peel import fat, peel
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from kvmtool.kernel_index import KnownFile, Survey
+    from kvmtool.source import Source
+
+# first bytes of what `peel` sees through: fat, comp, LZFSE and LZVN, gzip, xz, zstd, DER
+_WRAPPED = (
+    *(fat.FAT_MAGIC, fat.FAT_MAGIC_64, b"comp", b"bvx", b"\x1f\x8b"),
+    *(b"\xfd7zX", b"\x28\xb5\x2f\xfd", b"\x30"),
+)
+
+
+class PeelOpener:
+    """Sees through whatever `peel` does, into every slice of a fat file."""
+
+    name = "peel"
+
+    def wants(self, head: bytes) -> bool:
+        """See `kernel_index.Opener.wants`."""
+        return head.startswith(_WRAPPED)
+
+    def images(self, source: Source) -> Iterator[Source]:
+        """See `kernel_index.Opener.images`."""
+        head = source.read_at(0, min(8, source.size))
+        names = [piece.name for piece in fat.slices(source)] if fat.probe(head) else [None]
+        for arch in names:
+            inside = peel(source, arch).source
+            if is_macho(inside.read_at(0, min(4, inside.size))):
+                yield inside
+
+
+_OPENERS = (PeelOpener(),)
+
+
+def find_kernel(uuid: bytes, option: Sequence[str] | None) -> KnownFile | None:
+    """The kernel of that UUID in the directories of --kernel-path, else KVMTOOL_KERNEL_PATH."""
+    return kernel_index.find(uuid, kernel_index.search_path(option), "kernel", _OPENERS)
+
+
+def survey(option: Sequence[str] | None) -> Survey:
+    """All that lies in these directories, and what could not be read there."""
+    return kernel_index.survey(kernel_index.search_path(option), _OPENERS)

@@ -1,0 +1,139 @@
+"""Kexts as citizens: their symbols by `kext:symbol` and by address, beside the kernel's.
+
+A kext comes from the image the kernel is in (a prelinked kernel, a kernel collection) or from a
+file of its own, loaded at an address the user names.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from kvmtool.errors import NotFoundError
+from kvmtool.symbols import Symbol, SymbolTable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from kvmtool.kernelcache import KextImage
+    from kvmtool.kext_file import LoadedKext
+    from kvmtool.macho import MachO
+
+
+class Kext(NamedTuple):
+    """One kext. `address` is where its Mach-O header lies in the running kernel, `size` bytes.
+
+    `origin` says where its symbols come from; `image` is None for a kext without an executable.
+    """
+
+    identifier: str
+    version: str | None
+    uuid: bytes | None
+    address: int
+    size: int
+    dependencies: tuple[str, ...]
+    path: str | None
+    origin: str
+    image: MachO | None
+    symbols: SymbolTable
+
+
+class Located(NamedTuple):
+    """What lies at an address: `symbol`, `offset` bytes into it, of `kext` (None: the kernel)."""
+
+    symbol: Symbol
+    offset: int
+    kext: str | None
+
+    def __str__(self) -> str:
+        place = f"+{self.offset:#x}" if self.offset else ""
+        owner = f" [{self.kext}]" if self.kext else ""
+        return f"{self.symbol.name}{place}{owner}"
+
+
+def from_image(found: KextImage, slide: int) -> Kext:
+    """A kext inside the kernel's image, moved with it by `slide` bytes."""
+    table = found.image.symtab if found.image is not None else None
+    return Kext(
+        found.identifier,
+        found.version,
+        found.uuid,
+        found.address + slide if found.size else found.address,
+        found.size,
+        found.dependencies,
+        found.path,
+        found.origin,
+        found.image,
+        SymbolTable(table, slide, f"{found.identifier}: {found.origin}"),
+    )
+
+
+def from_file(loaded: LoadedKext) -> Kext:
+    """A kext's own file, at the address the user named."""
+    return Kext(
+        loaded.identifier,
+        loaded.version,
+        loaded.uuid,
+        loaded.address,
+        loaded.size,
+        (),
+        loaded.image.source.name,
+        "own symbol table" if len(loaded.symbols) else "none: stripped",
+        loaded.image,
+        loaded.symbols,
+    )
+
+
+class Kexts:
+    """The kexts of one kernel, in the order they were found."""
+
+    def __init__(self, kexts: list[Kext]) -> None:
+        self._kexts = kexts
+        self._sorted = sorted((k for k in kexts if k.size), key=lambda kext: kext.address)
+
+    def __iter__(self) -> Iterator[Kext]:
+        return iter(self._kexts)
+
+    def __len__(self) -> int:
+        return len(self._kexts)
+
+    def find(self, name: str) -> Kext:
+        """The kext called `name`: its identifier, or the end of one that no other has.
+
+        Raises `NotFoundError` with near misses.
+        """
+        exact = [kext for kext in self._kexts if kext.identifier == name]
+        found = exact or [k for k in self._kexts if k.identifier.endswith("." + name)]
+        if len(found) == 1:
+            return found[0]
+        near = [kext.identifier for kext in found]
+        if not near:
+            from difflib import get_close_matches
+
+            near = get_close_matches(name, [kext.identifier for kext in self._kexts])
+        raise NotFoundError("kext", name, near[:3])
+
+    def lookup(self, name: str) -> Symbol:
+        """The symbol `kext:symbol`. Raises `NotFoundError` for the one or the other."""
+        owner, _, symbol = name.partition(":")
+        return self.find(owner).symbols.lookup(symbol)
+
+    def having(self, symbol: str) -> list[str]:
+        """`kext:symbol` for every kext that has a symbol of this very name."""
+        return [
+            f"{kext.identifier}:{found.name}"
+            for kext in self._kexts
+            if (found := kext.symbols.get(symbol)) is not None
+        ]
+
+    def owner(self, address: int) -> Kext | None:
+        """The kext whose memory holds `address`."""
+        inside = (k for k in self._sorted if k.address <= address < k.address + k.size)
+        return next(inside, None)
+
+    def at(self, address: int) -> Located | None:
+        """The symbol at or below `address` in the kext that holds it."""
+        kext = self.owner(address)
+        found = kext.symbols.at(address) if kext is not None else None
+        if kext is None or found is None or found[0].address < kext.address:
+            return None
+        return Located(found[0], found[1], kext.identifier)

@@ -1,0 +1,279 @@
+"""An address space made of physical memory and a page table.
+
+A read is translated in extents, physically contiguous pieces that may be many pages long, and each
+extent is read at once. Nothing is filled in: an address without a translation and a page that the
+dump does not hold are faults, and a read returns all of its bytes or none.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
+
+from kvmtool.arch.pages import ABSENT, permissions
+from kvmtool.errors import FaultError
+from kvmtool.memory import Piece, Region
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from kvmtool.arch.pages import Walker, Window
+    from kvmtool.memory import Memory
+
+BUDGET = 64 << 20  # bytes that translations kept in memory may take
+_EXTENT_COST = 120  # bytes a kept extent takes: two numbers, and their places in three lists
+_WINDOW_COST = 400
+_PIECE = 1 << 20  # bytes of one piece, and of one step of a search
+
+
+class Mapping(NamedTuple):
+    """[start, start + size) is mapped to `physical` on, with `permissions` ("rwxu").
+
+    Where it cannot be read `reason` says why ("absent", "compressed", ...); of what is not even
+    translated `physical` is None and `permissions` empty.
+    """
+
+    start: int
+    size: int
+    physical: int | None
+    permissions: str
+    reason: str
+
+
+class PagedMemory:
+    """`Memory` through page tables. `space` is "kernel", or names a process."""
+
+    def __init__(
+        self, physical: Memory, walker: Walker, *, space: str = "kernel", budget: int = BUDGET
+    ) -> None:
+        """`budget` bytes are for translations already made; with 0 each is made anew.
+
+        A live machine changes its page tables: give 0 for one.
+        """
+        self.space = space
+        self.physical, self.walker = physical, walker
+        self._read = physical.read
+        self._shift = walker.window_bits
+        self._windows: dict[int, Window] = {}
+        self._budget = self._left = budget
+
+    def __repr__(self) -> str:
+        return f"<PagedMemory {self.space} {self.walker!r}>"
+
+    def __len__(self) -> int:
+        """How many regions there are: walks all tables."""
+        return sum(1 for _ in self.regions())
+
+    def __bool__(self) -> bool:
+        return True
+
+    def translate(self, address: int) -> tuple[int, int]:
+        """(physical address, bytes up to the end of the page). Raises `FaultError`."""
+        physical, size, reason = self.walker.lookup(address)
+        if physical is None:
+            raise FaultError(self.space, address, 1, reason)
+        return physical, size
+
+    # reading
+
+    def read(self, address: int, size: int) -> bytes:
+        """See `Memory.read`."""
+        window = self._windows.get(address >> self._shift)
+        if window is not None:  # most reads lie in one extent of a window that is known
+            starts = window.starts
+            at = bisect_right(starts, address) - 1
+            delta = window.deltas[at]
+            if delta is not None and address + size <= starts[at + 1]:
+                try:
+                    return self._read(address + delta, size)
+                except FaultError as fault:
+                    raise self._absent(fault, delta, size) from None
+        return self._read_spans(address, size)
+
+    def _read_spans(self, address: int, size: int) -> bytes:
+        if size <= 0:
+            return b""
+        spans: list[tuple[int, int, int]] = []
+        for start, length, physical, reason in self._spans(address, size):
+            if physical is None:
+                raise FaultError(self.space, start, size, reason)
+            spans.append((start, length, physical))
+        parts = []
+        for start, length, physical in spans:
+            try:
+                parts.append(self._read(physical, length))
+            except FaultError as fault:
+                raise self._absent(fault, physical - start, size) from None
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def check(self, address: int, size: int) -> None:
+        """Raises `FaultError` for the first bad address of the range; reads only page tables."""
+        for start, length, physical, reason in self._spans(address, size):
+            if physical is None:
+                raise FaultError(self.space, start, size, reason)
+            try:
+                self.physical.check(physical, length)
+            except FaultError as fault:
+                raise self._absent(fault, physical - start, size) from None
+
+    def read_pieces(self, address: int, size: int) -> Iterator[Piece]:
+        """See `Memory.read_pieces`; a piece with data has at most 1 MiB."""
+        for start, length, physical, reason in self._spans(address, size):
+            if physical is None:
+                yield Piece(start, length, None, reason)
+                continue
+            end = physical + length
+            for begin in range(physical, end, _PIECE):
+                for piece in self.physical.read_pieces(begin, min(_PIECE, end - begin)):
+                    at = piece.address - physical + start
+                    yield Piece(at, piece.size, piece.data, piece.reason and ABSENT)
+
+    def _absent(self, fault: FaultError, delta: int, size: int) -> FaultError:
+        """The fault at the virtual address."""
+        return FaultError(self.space, fault.address - delta, size, ABSENT)
+
+    # translation
+
+    def _window(self, address: int) -> Window:
+        index = address >> self._shift
+        window = self._windows.get(index)
+        if window is None:
+            window = self.walker.window(address)
+            cost = _WINDOW_COST + _EXTENT_COST * len(window.deltas)
+            while self._left < cost and self._windows:
+                oldest = next(iter(self._windows))
+                gone = self._windows.pop(oldest)
+                self._left += _WINDOW_COST + _EXTENT_COST * len(gone.deltas)
+            if cost <= self._left:
+                self._left -= cost
+                self._windows[index] = window
+        return window
+
+    def _spans(self, address: int, size: int) -> Iterator[tuple[int, int, int | None, str]]:
+        """The range as (address, bytes, physical address or None, reason), in address order."""
+        end = address + size
+        pieces = self._known(address, end) if self._budget else self._anew(address, end)
+        start, stop, before, why = address, address, None, ""
+        for piece_end, delta, reason in pieces:
+            if stop > start and (delta, reason) != (before, why):
+                yield start, stop - start, None if before is None else start + before, why
+                start = stop
+            stop, before, why = piece_end, delta, reason
+        if stop > start:
+            yield start, stop - start, None if before is None else start + before, why
+
+    def _known(self, address: int, end: int) -> Iterator[tuple[int, int | None, str]]:
+        """The range as (end, delta, reason), from windows."""
+        while address < end:
+            starts, deltas, what = self._window(address)
+            at = bisect_right(starts, address) - 1
+            while at < len(deltas) and address < end:
+                delta, address = deltas[at], min(starts[at + 1], end)
+                yield address, delta, "" if delta is not None else str(what[at])
+                at += 1
+
+    def _anew(self, address: int, end: int) -> Iterator[tuple[int, int | None, str]]:
+        """The range as (end, delta, reason), each page looked up."""
+        while address < end:
+            physical, size, reason = self.walker.lookup(address)
+            delta = None if physical is None else physical - address
+            address = min(address + size, end)
+            yield address, delta, reason
+
+    # what there is
+
+    @cached_property
+    def _present(self) -> tuple[list[int], list[int]]:
+        """Starts and ends of all physical memory there is."""
+        regions = list(self.physical.regions())
+        return [r.start for r in regions], [r.start + r.size for r in regions]
+
+    def _held(self, physical: int, size: int) -> Iterator[tuple[int, int, bool]]:
+        """A physical range as (start, end, whether it is there)."""
+        starts, ends = self._present
+        if not starts:  # a live machine that does not tell what memory it has
+            yield physical, physical + size, True
+            return
+        end = physical + size
+        at = max(bisect_right(starts, physical) - 1, 0)
+        while physical < end:
+            while at < len(starts) and ends[at] <= physical:
+                at += 1
+            following = starts[at] if at < len(starts) else end
+            held = following <= physical
+            stop = min(ends[at] if held else following, end)
+            yield physical, stop, held
+            physical = stop
+
+    def mappings(self) -> Iterator[Mapping]:
+        """All that the tables map, in address order, neighbours as one where they continue.
+
+        What is mapped but absent from the dump, or compressed, is there with its reason. Raises
+        `FormatError` when the tables lead in circles.
+        """
+        last: Mapping | None = None
+        for mapping in self._mappings():
+            if last is not None and _continues(last, mapping):
+                last = last._replace(size=last.size + mapping.size)
+                continue
+            if last is not None:
+                yield last
+            last = mapping
+        if last is not None:
+            yield last
+
+    def _mappings(self) -> Iterator[Mapping]:
+        for starts, deltas, what in self.walker.windows():
+            for at, delta in enumerate(deltas):
+                start, end, said = starts[at], starts[at + 1], what[at]
+                if delta is None:
+                    if said != "unmapped":
+                        yield Mapping(start, end - start, None, "", str(said))
+                    continue
+                assert isinstance(said, int)
+                allowed = permissions(said)
+                for begin, stop, held in self._held(start + delta, end - start):
+                    reason = "" if held else ABSENT
+                    yield Mapping(begin - delta, stop - begin, begin, allowed, reason)
+
+    def regions(self) -> Iterator[Region]:
+        """See `Memory.regions`."""
+        start = end = 0
+        for mapping in self._mappings():
+            if mapping.reason:
+                continue
+            if mapping.start != end:
+                if end > start:
+                    yield Region(start, end - start)
+                start = mapping.start
+            end = mapping.start + mapping.size
+        if end > start:
+            yield Region(start, end - start)
+
+    def find(self, needle: bytes, step: int = 1) -> Iterator[int]:
+        """Addresses of `needle` that are multiples of `step` bytes; pages may lie apart."""
+        for region in self.regions():
+            carry = b""
+            end = region.start + region.size
+            for start in range(region.start, end, _PIECE):
+                data = carry + self.read(start, min(_PIECE, end - start))
+                first = start - len(carry)
+                at = data.find(needle)
+                while at >= 0:
+                    beside = -(first + at) % step
+                    if beside == 0:
+                        yield first + at
+                        beside = step
+                    at = data.find(needle, at + beside)
+                carry = data[len(data) - len(needle) + 1 :] if len(needle) > 1 else b""
+
+
+def _continues(before: Mapping, after: Mapping) -> bool:
+    if before.start + before.size != after.start:
+        return False
+    if (before.permissions, before.reason) != (after.permissions, after.reason):
+        return False
+    if before.physical is None or after.physical is None:
+        return before.physical is after.physical
+    return before.physical + before.size == after.physical

@@ -1,0 +1,300 @@
+"""The way into a kernel when all there is is physical memory: its page table, and its slide.
+
+The surest and cheapest comes first: control registers in the dump; then the places where a kernel
+can lie (on Intel it is slid by multiples of 2 MiB, physically as virtually); then a search for
+tables that map the header found there; then a pass over all memory for kernel headers and low
+globals pages, and one for the banner. Whatever is found is a candidate and no more, until the
+kernel's own header and its banner are read through the page table. Copies of both lie in file
+caches and logs: several hits are normal. A slide of 0 is as good as any.
+
+What it took a pass over all memory to find is remembered by content, and verified when used again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from kvmtool import way_memo, way_places, way_roots
+from kvmtool.errors import MismatchError, NotFoundError, UnsupportedError
+from kvmtool.formats import UNSAID
+from kvmtool.macho import uuid_text
+from kvmtool.paging import BUDGET, PagedMemory
+from kvmtool.way_judge import Judge, KernelFile, Verdict
+from kvmtool.way_memo import Remembered
+from kvmtool.way_places import MACHINES, MASK, Machine, Place, Shifted
+from kvmtool.way_roots import Root
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from kvmtool.formats import Facts
+    from kvmtool.macho import MachO
+    from kvmtool.memory import Memory
+    from kvmtool.way_scan import Progress
+
+_LIMIT = 100  # places, and reasons, that are kept
+_TOLD = 4  # reasons that an error tells
+
+
+class Way(NamedTuple):
+    """How to read a kernel in physical memory.
+
+    `root` is the physical address of its top page table, `mode` its paging mode; `kernel_address`
+    that of its Mach-O header, `slide` bytes from its link address (None when neither a kernel file
+    nor a symbol table in memory tells). `how` says which way led there, `rejected` which did not.
+    """
+
+    root: int
+    mode: str
+    kernel_address: int
+    slide: int | None
+    cputype: int
+    uuid: bytes | None
+    version: str | None
+    how: str
+    rejected: tuple[str, ...] = ()
+
+
+def kernel_memory(physical: Memory, way: Way, budget: int = BUDGET) -> PagedMemory:
+    """The kernel's address space. `budget` as in `PagedMemory`: 0 for a live machine."""
+    return PagedMemory(physical, way_roots.walker(physical, way.mode, way.root), budget=budget)
+
+
+def find_way(
+    physical: Memory,
+    kernel: MachO | None,
+    facts: Facts,
+    name: str,
+    *,
+    kernel_address: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+    remember: bool = True,
+) -> Way:
+    """The way into the kernel, `kernel` its file if there is one, `name` the dump's for messages.
+
+    `kernel_address` (of the header) is given by a user who knows the slide; with `force` another
+    kernel than the file's is taken all the same. `progress` is called with bytes done and bytes in
+    all. `remember` is for files: what a live machine holds moves.
+
+    Raises `MismatchError` when there is a kernel, but not that of the file; `NotFoundError`.
+    """
+    known = KernelFile(kernel) if kernel is not None else None
+    search = _Search(physical, known, facts, Judge(known, name, force), progress)
+    search.kernel_address = kernel_address
+    way = search.quick()
+    if way is None:
+        way = _remembered(search, known) if remember else search.thorough()
+    if way is None:
+        raise search.failure()
+    return way._replace(rejected=tuple(search.rejected))
+
+
+def _remembered(search: _Search, kernel: KernelFile | None) -> Way | None:
+    key = way_memo.key(search.physical, kernel.uuid if kernel is not None else None)
+    found = way_memo.load(key)
+    way = search.again(found) if found is not None else None
+    if way is None:
+        way = search.thorough()
+        if way is not None:
+            root = Root(way.root, (way.mode,), way.how)
+            way_memo.store(key, Remembered(root, way.cputype, way.kernel_address))
+    return way
+
+
+class _Search:
+    """One search. The ways are generators of verified answers: the first is taken."""
+
+    def __init__(
+        self,
+        physical: Memory,
+        kernel: KernelFile | None,
+        facts: Facts,
+        judge: Judge,
+        progress: Progress | None,
+    ) -> None:
+        self.physical, self.kernel, self.facts = physical, kernel, facts
+        self.judge, self.progress = judge, progress
+        self.kernel_address: int | None = None
+        self.rejected: list[str] = []
+        self._places: list[Place] = []
+        self._searched = 0  # how many of them have been searched for tables
+        self._tried: set[tuple[int, str, int]] = set()
+        cputype = kernel.image.cputype if kernel is not None else facts.cputype
+        self._machines = tuple(m for m in MACHINES if cputype in (UNSAID, m.cputype))
+        if not self._machines:
+            raise UnsupportedError(f"{judge.name}: no page tables of cputype {cputype:#x} known")
+
+    def quick(self) -> Way | None:
+        """Without passing over memory."""
+        return next(self._registers(), None) or next(self._likely(), None)
+
+    def thorough(self) -> Way | None:
+        """By passing over memory, no more often than it takes."""
+        for ways in (self._tables, self._scanned, self._banners, self._tables):
+            way = next(ways(), None)
+            if way is not None:
+                return way
+        return None
+
+    def again(self, known: Remembered) -> Way | None:
+        """What an earlier search found, if it verifies here."""
+        machine = next((m for m in self._machines if m.cputype == known.cputype), None)
+        if machine is None or self.kernel_address not in (None, known.kernel_address):
+            return None
+        try:
+            return self._verify(known.root, machine, known.kernel_address)
+        except UnsupportedError:  # a mode that this version does not know
+            return None
+
+    # the ways
+
+    def _registers(self) -> Iterator[Way]:
+        for number, registers in enumerate(self.facts.control):
+            for root in way_roots.of_registers(registers):
+                root = root._replace(how=f"{root.how} {root.address:#x} of CPU {number}")
+                found = False
+                for machine, mode, address in self._mapped(root):
+                    found = True
+                    way = self._verify(root._replace(modes=(mode,)), machine, address)
+                    if way is not None:
+                        yield self._own(way, machine)
+                if not found:
+                    self._reject(f"{root.how}: maps no kernel (a user's table?)")
+
+    def _mapped(self, root: Root) -> Iterator[tuple[Machine, str, int]]:
+        for mode in root.modes:
+            space = self._space(root.address, mode)
+            for machine in self._machines:
+                for address in self._addresses(space, machine):
+                    yield machine, mode, address
+
+    def _likely(self) -> Iterator[Way]:
+        for machine in self._machines:
+            if machine.base is None:
+                continue
+            for address in self._addresses(Shifted(self.physical, machine.base), machine):
+                at = address - machine.base
+                how = f"kernel header at physical {at:#x}"
+                yield from self._from_place(Place(machine, address, at, how))
+
+    def _scanned(self) -> Iterator[Way]:
+        known = self.kernel
+        low_globals_at, link = (known.low_globals_at, known.link) if known else (None, None)
+        for place in way_places.scanned(
+            self.physical, self._machines, low_globals_at, link, self.judge.name, self.progress
+        ):
+            if self.kernel_address in (None, place.address):
+                yield from self._from_place(place)
+
+    def _banners(self) -> Iterator[Way]:
+        known = self.kernel
+        if known is None or known.banner is None or known.version_at is None:
+            return
+        (machine,) = self._machines
+        for at in self.physical.find(known.banner.encode("utf-8", "surrogateescape")):
+            how = f"banner at physical {at:#x}"
+            header = at - (known.version_at - known.link)
+            if machine.base is not None:
+                yield from self._from_place(
+                    Place(machine, (header + machine.base) & MASK, header, how)
+                )
+            elif self.kernel_address is not None:
+                yield from self._from_place(Place(machine, self.kernel_address, header, how))
+
+    def _tables(self) -> Iterator[Way]:
+        while len(self._places) > self._searched:
+            place = self._places[self._searched]
+            self._searched += 1
+            for root in way_roots.searched(self.physical, place, self.progress):
+                root = root._replace(how=f"{place.how}, {root.how}")
+                way = self._verify(root, place.machine, place.address)
+                if way is not None:
+                    yield way
+            self._reject(f"{place.how}: no page table found that maps it to {place.address:#x}")
+
+    def _from_place(self, place: Place) -> Iterator[Way]:
+        delta = (place.address - place.physical) & MASK
+        memory = Shifted(self.physical, delta)
+        why = self.judge.refuse(memory, place.address)
+        if why is not None:
+            if why:
+                self._reject(f"{place.how}: {why}")
+            return
+        if place not in self._places and len(self._places) < _LIMIT:
+            self._places.append(place)
+        symbols = self.judge.symbols(memory, place.address)
+        if symbols is None:
+            self._reject(f"{place.how}: no symbols to find its page table by")
+            return
+        to_physical = way_roots.static_address(place.machine, delta)
+        for root in way_roots.of_symbols(memory, to_physical, place.machine, symbols):
+            root = root._replace(how=f"{place.how}, {root.how}")
+            way = self._verify(root, place.machine, place.address)
+            if way is not None:
+                yield way
+
+    def _own(self, way: Way, machine: Machine) -> Way:
+        """The same by the kernel's own table: a CPU may have been using a process's."""
+        space = self._space(way.root, way.mode)
+        symbols = self.judge.symbols(space, way.kernel_address)
+        if symbols is None:
+            return way
+
+        def to_physical(address: int) -> int:
+            return space.translate(address)[0]
+
+        for root in way_roots.of_symbols(space, to_physical, machine, symbols):
+            if root.address == way.root:
+                return way
+            root = root._replace(how=f"{way.how}, then {root.how}")
+            own = self._verify(root, machine, way.kernel_address)
+            if own is not None:
+                return own
+        return way
+
+    # parts of them
+
+    def _addresses(self, memory: Memory, machine: Machine) -> Iterator[int]:
+        if self.kernel_address is not None:
+            yield self.kernel_address
+            return
+        yield from way_places.addresses(memory, machine, self.kernel.link if self.kernel else None)
+
+    def _space(self, root: int, mode: str) -> PagedMemory:
+        return PagedMemory(self.physical, way_roots.walker(self.physical, mode, root))
+
+    def _verify(self, root: Root, machine: Machine, address: int) -> Way | None:
+        verdict: Verdict | str = ""
+        for mode in root.modes:
+            candidate = (root.address, mode, address)
+            if candidate in self._tried:
+                continue
+            self._tried.add(candidate)
+            space = self._space(root.address, mode)
+            verdict = self.judge.judge(space, address)
+            if isinstance(verdict, Verdict):
+                top = space.walker.root
+                return Way(
+                    top, mode, address, verdict.slide, machine.cputype, *verdict[1:], root.how
+                )
+        if verdict:
+            self._reject(f"{root.how}: {verdict}")
+        return None
+
+    def _reject(self, text: str) -> None:
+        if len(self.rejected) < _LIMIT and text not in self.rejected:
+            self.rejected.append(text)
+
+    def failure(self) -> MismatchError | NotFoundError:
+        """Why there is no way in."""
+        seen, name = self.judge.seen, self.judge.name
+        if self.kernel is None or seen is None:
+            tried = "; ".join(self.rejected[:_TOLD]) or "no trace of one was found"
+            hint = "" if self.kernel is not None else "; name the kernel's file with -N"
+            return NotFoundError("kernel", f"in {name}", hint=tried + hint)
+        uuid, version = seen
+        return MismatchError(
+            f"{self.kernel} is not the kernel of {name} ({uuid_text(uuid)}, "
+            f"{version or 'banner not read'}); --force goes on all the same, --slide names a slide"
+        )
