@@ -2,6 +2,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+FORMS := macho-core,elf,elf-paging,kdump-zlib,raw,lime,gdb,mount
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,8 +38,14 @@ sample: $(STAMP) ## build the embedded sample
 bench: $(STAMP) ## measure against llvm-nm and bare imports, as ratios
 	@$(BIN)/python tools/bench.py
 
+machine: $(STAMP) ## boot a kernel of our own under QEMU, dump it in every form, check them
+	@$(BIN)/python -m tests.machine --forms $(FORMS)
+
+peers: $(STAMP) ## compare the processes found with Volatility 3's
+	@$(BIN)/python tools/peers.py
+
 clean: ## remove the virtualenv and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache demo
 
-.PHONY: help venv demo test check docs layouts sample bench clean
+.PHONY: help venv demo test check docs layouts sample bench machine peers clean
 .DEFAULT_GOAL := help

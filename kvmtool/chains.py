@@ -109,7 +109,7 @@ class ChainReader:
             address += step
 
 
-class Chains:
+class _Pages:
     """The pages of one segment; `starts` has where in each its chain begins, 0xFFFF for none."""
 
     stride = 4
@@ -145,16 +145,12 @@ class Chains:
             page + start, page + self.page_size, lambda raw: (raw >> 51 & mask) * stride
         )
 
-    def decode(self, address: int, raw: int) -> tuple[int | None, str]:
-        """What `raw` at `address` will be; None and why, when the file does not tell."""
-        raise NotImplementedError
 
-
-class KernelCache64(Chains):
+class KernelCache64(_Pages):
     """Format 8: target 30 bits, cacheLevel 2, diversity 16, addrDiv 1, key 2, next 12, isAuth 1."""
 
     def decode(self, address: int, raw: int) -> tuple[int | None, str]:
-        """See `Chains.decode`."""
+        """What `raw` at `address` will be; None and why, when the file does not tell."""
         level = raw >> 30 & 3
         base = self._payload.bases.get(level)
         if base is not None:
@@ -173,13 +169,13 @@ class KernelCacheX86(KernelCache64):
     stride = 1
 
     def decode(self, address: int, raw: int) -> tuple[int | None, str]:
-        """See `Chains.decode`."""
+        """See `KernelCache64.decode`."""
         if raw >> 63:
             raise self._payload.bad(address, f"word {raw:#x} is signed, which x86_64 cannot do")
         return super().decode(address, raw)
 
 
-class Arm64eKernel(Chains):
+class Arm64eKernel(_Pages):
     """Format 7: target 43 bits, high8 8, next 11, bind 1, auth 1; when signed, target 32 bits.
 
     Both targets are offsets from the mach_header. Bound: ordinal 16 bits, zero 16, addend 19.
@@ -188,7 +184,7 @@ class Arm64eKernel(Chains):
     next_mask = 0x7FF
 
     def decode(self, address: int, raw: int) -> tuple[int | None, str]:
-        """See `Chains.decode`."""
+        """See `KernelCache64.decode`."""
         auth = raw >> 63
         if raw >> 62 & 1:
             addend = 0 if auth else (raw >> 32 & 0x7FFFF ^ 0x40000) - 0x40000
@@ -199,7 +195,8 @@ class Arm64eKernel(Chains):
         return (self._payload.header + target) & MASK, ""
 
 
-_CHAINS: dict[int, type[Chains]] = {
+Chains = KernelCache64 | Arm64eKernel
+_CHAINS: dict[int, type[KernelCache64] | type[Arm64eKernel]] = {
     DYLD_CHAINED_PTR_ARM64E_KERNEL: Arm64eKernel,
     DYLD_CHAINED_PTR_64_KERNEL_CACHE: KernelCache64,
     DYLD_CHAINED_PTR_X86_64_KERNEL_CACHE: KernelCacheX86,

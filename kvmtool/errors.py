@@ -32,11 +32,12 @@ class KvmWarning(UserWarning):
 
 
 class FormatError(KvmError, ValueError):
-    """A file that is not what it claims to be: `source` (file name), `offset` (bytes into it)."""
+    """A file that is not what it claims to be: `source` (its name), `offset` (bytes), `reason`."""
 
     def __init__(self, source: str, offset: int | None, message: str) -> None:
         self.source = source
         self.offset = offset
+        self.reason = message
         where = source if offset is None else f"{source}: at offset {offset:#x}"
         super().__init__(f"{where}: {message}")
 
@@ -62,7 +63,8 @@ class FaultError(KvmError):
 
     `space` is "kernel", "physical" or a process; `address` the first bad address; `size` how many
     bytes were asked for; `reason` is "unmapped" (no translation), "absent" (translated, but not in
-    the dump), "compressed" or "swapped".
+    the dump), "compressed", "swapped", "malformed" (a page table entry with reserved bits set) or
+    "non-canonical" (no page table could hold it).
     """
 
     def __init__(self, space: str, address: int, size: int, reason: str = "unmapped") -> None:

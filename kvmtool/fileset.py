@@ -26,6 +26,7 @@ LC_FILESET_ENTRY = LC_REQ_DYLD | 0x35
 PRIMARY, PAGEABLE, AUXILIARY = 0, 1, 3
 COLLECTIONS = {PRIMARY: "boot", PAGEABLE: "system", AUXILIARY: "auxiliary"}
 
+ENTRY_LIMIT = 1 << 14  # the largest collections have some 800
 _ENTRY = {order: Struct(order + "2I2Q2I") for order in "<>"}  # fileset_entry_command
 
 
@@ -75,7 +76,9 @@ class EntrySource:
 def fileset_entries(image: MachO) -> Iterator[FilesetEntry]:
     """The entries of a fileset, in file order. Raises `FormatError`."""
     layout, name = _ENTRY[image.byteorder], image.source.name
-    for command in image.commands(LC_FILESET_ENTRY):
+    for count, command in enumerate(image.commands(LC_FILESET_ENTRY)):
+        if count == ENTRY_LIMIT:
+            raise FormatError(name, command.offset, f"more than {ENTRY_LIMIT:#x} fileset entries")
         if command.cmdsize < layout.size:
             raise FormatError(
                 name,

@@ -15,7 +15,7 @@ from heapq import merge
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
-from kvmtool.chains import LC_DYLD_CHAINED_FIXUPS, WORD, Chains, Payload
+from kvmtool.chains import LC_DYLD_CHAINED_FIXUPS, WORD, Payload
 from kvmtool.errors import FaultError, FormatError
 from kvmtool.memory import Piece
 from kvmtool.threaded import Threads, thread_starts
@@ -23,6 +23,7 @@ from kvmtool.threaded import Threads, thread_starts
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
+    from kvmtool.chains import Chains
     from kvmtool.macho import MachO
     from kvmtool.memory import Region, RunMemory
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from kvmtool.symbols import Symbol, SymbolTable
     from kvmtool.target import Target
     from kvmtool.types.layouts import Choice
+    from kvmtool.way_in import Way
     from kvmtool.xnu.kinfo import KinfoProc
     from kvmtool.xnu.layout_check import Verdict
     from kvmtool.xnu.proc import Proc
@@ -54,7 +55,8 @@ class Kvm:
     Made by `open`; a context manager. `dump` is the container (None for a kernel file alone),
     `arch` the processor. `memory` (the kernel's address space), `kernel` (the Mach-O of the
     kernel's file, or the one found in the dump), `symbols` and `boot` (where the kernel lies, and
-    how it was found) are made when they are first asked for.
+    how it was found) are made when they are first asked for. `physical` is the machine's memory
+    where the dump holds that, and `way` the page tables that lead from it to the kernel's.
     """
 
     def __init__(
@@ -69,6 +71,8 @@ class Kvm:
         self.dump, self.arch = dump, arch
         self.layout_name: str | None = None
         self.kext_files: tuple[tuple[str, int], ...] = ()
+        self.physical: Memory | None = None
+        self.way: Way | None = None
         self._make_memory, self._make_parts = memory, parts
         self._sources = sources
         self._closed = False
@@ -330,6 +334,24 @@ class Kvm:
         from kvmtool.xnu.proc import procs
 
         return procs(self.verified_target(), report)
+
+    def process(self, pid: int) -> Memory:
+        """The address space of the process `pid`, from a dump of physical memory.
+
+        Raises `UnsupportedError` when the dump holds the kernel's memory alone, or the process has
+        no address space; `NotFoundError` when there is no such process.
+        """
+        from kvmtool.way_in import process_memory
+        from kvmtool.xnu import space
+        from kvmtool.xnu.proc import procs
+
+        if self.physical is None or self.way is None:
+            raise UnsupportedError("a process's memory is in no dump of the kernel's memory alone")
+        target = self.verified_target()
+        proc = space.find_process(procs(target), pid)
+        root, known = space.table_root(target, proc), space.user_stack(target, proc)
+        budget = 0 if self.dump is not None and self.dump.live else None
+        return process_memory(self.physical, self.way, root, known, f"process {pid}", budget)
 
     def getprocs(self, op: int = 0, arg: int = 0, report: Report | None = None) -> list[KinfoProc]:
         """The processes `op` (KERN_PROC_*) and `arg` select, as a live kernel answers sysctl."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from kvmtool import cache, macho
 from kvmtool.errors import FormatError, KvmError
 from kvmtool.macho import MachO
-from kvmtool.source import FileSource, SliceSource
+from kvmtool.source import FileSource
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -29,8 +29,6 @@ ENVIRONMENT = "KVMTOOL_KERNEL_PATH"
 KINDS = ("kernel", "dSYM", "kext", "collection")
 
 KERNEL_ENTRY = "com.apple.kernel"
-
-_FAT = (b"\xca\xfe\xba\xbe", b"\xca\xfe\xba\xbf")  # mach-o/fat.h
 
 _DEPTH = 24  # folders; a kext's plug-in inside a debug kit has 12
 _FILES = 100_000  # per directory named; a debug kit has some thousand
@@ -93,44 +91,12 @@ class Opener(Protocol):
         ...
 
 
-class Peeler:
-    """Fat files, slice by slice, and what kernels are packed in: IM4P, IMG4, comp, LZFSE.
-
-    Files packed with a general tool (gzip, xz, zstd) are left alone: too many are something else.
-    """
-
-    name = "peel"
-
-    def wants(self, head: bytes) -> bool:
-        """See `Opener.wants`."""
-        der = head[:1] == b"\x30" and head[1:2] > b"\x80"  # a SEQUENCE of 128 bytes or more
-        return der or head in _FAT or head == b"comp" or head[:3] == b"bvx"
-
-    def images(self, source: Source) -> Iterator[Source]:
-        """See `Opener.images`."""
-        from kvmtool.peel import fat, peel
-
-        parts = [source]
-        if fat.probe(source.read_at(0, min(8, source.size))):
-            parts = [SliceSource(source, s.offset, s.size) for s in fat.slices(source)]
-        for part in parts:
-            peeled = peel(part).source
-            try:
-                if macho.is_macho(peeled.read_at(0, min(4, peeled.size))):
-                    yield peeled
-            finally:
-                peeled.close()
-
-
 class _Seen(NamedTuple):
     """A file as it was when it was looked at."""
 
     mtime: int
     size: int
     known: tuple[KnownFile, ...]
-
-
-OPENERS: tuple[Opener, ...] = (Peeler(),)
 
 
 def search_path(option: Sequence[str] | None) -> list[str]:
@@ -143,13 +109,13 @@ def search_path(option: Sequence[str] | None) -> list[str]:
     return list(dict.fromkeys(parts))
 
 
-def index(paths: Sequence[str], openers: Sequence[Opener] = OPENERS) -> list[KnownFile]:
+def index(paths: Sequence[str], openers: Sequence[Opener] = ()) -> list[KnownFile]:
     """Everything known in `paths` (directories or files), as it stands now; see `survey`."""
     return survey(paths, openers).known
 
 
 def find(
-    uuid: bytes, paths: Sequence[str], kind: str = "kernel", openers: Sequence[Opener] = OPENERS
+    uuid: bytes, paths: Sequence[str], kind: str = "kernel", openers: Sequence[Opener] = ()
 ) -> KnownFile | None:
     """The first file of that UUID and kind in `paths`, or None.
 
@@ -168,7 +134,7 @@ def find(
     return None
 
 
-def survey(paths: Sequence[str], openers: Sequence[Opener] = OPENERS) -> Survey:
+def survey(paths: Sequence[str], openers: Sequence[Opener] = ()) -> Survey:
     """Look through `paths`, opening what is new or changed; remembers all of it.
 
     Links are followed, but no folder and no file is visited twice. Never raises for what it finds

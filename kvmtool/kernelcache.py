@@ -50,9 +50,10 @@ STRIPPED, CODELESS = "none: stripped", "none: no executable"
 class KextImage(NamedTuple):
     """A kext inside an image. `address` is that of its Mach-O header, as linked; `size` in bytes.
 
-    `image` reads by the offsets of the kext's own load commands; it is None for a kext without an
-    executable (address and size are 0) and for a damaged one. `origin` says where the symbols come
-    from, or what the damage is. `info` is all that the property list says of the kext.
+    `image` reads by the offsets of the kext's own load commands, the bytes as they lie in the file
+    (decoded pointers are in `KernelCache.memory`); it is None for a kext without an executable
+    (address and size are 0) and for a damaged one. `origin` says where the symbols come from, or
+    what the damage is. `info` is all that the property list says of the kext.
     """
 
     identifier: str
@@ -76,6 +77,8 @@ class KernelCache:
     def __init__(self, image: MachO) -> None:
         """`image` is the outermost Mach-O; the cache does not own its source."""
         self.image = image
+        self._inner: dict[int, MachO] = {}
+        self._unclaimed = image.source.size
 
     def __repr__(self) -> str:
         return f"<KernelCache {self.image.source.name} {self.kind}>"
@@ -120,12 +123,26 @@ class KernelCache:
             return self.image
         for entry in self.entries:
             if entry.identifier == KERNEL_ENTRY:
-                return entry_image(self.image, entry)
+                return self._entry_image(entry)
         raise NotFoundError(
             "fileset entry",
             KERNEL_ENTRY,
             hint=f"{self.image.source.name} is the {COLLECTIONS[self.level]} kernel collection",
         )
+
+    def _entry_image(self, entry: FilesetEntry) -> MachO:
+        if entry.fileoff not in self._inner:
+            self._inner[entry.fileoff] = self._claimed(entry_image(self.image, entry))
+        return self._inner[entry.fileoff]
+
+    def _claimed(self, image: MachO) -> MachO:
+        """`image`, whose load commands are bytes of this file that no other's are."""
+        self._unclaimed -= image.header_size + image.sizeofcmds
+        if self._unclaimed < 0:  # a few large headers cannot be made thousands
+            raise FormatError(
+                image.source.name, 20, "the load commands of all kexts are larger than the file"
+            )
+        return image
 
     # what the property list says
 
@@ -168,9 +185,7 @@ class KernelCache:
     def _fileset_kext(self, entry: FilesetEntry, info: KextInfo | None) -> KextImage:
         size = info.size if info is not None else None
         name, address = entry.identifier, entry.vmaddr
-        return _kext(
-            name, info, address, size, lambda: entry_image(self.image, entry), SHARED_SYMBOLS
-        )
+        return _kext(name, info, address, size, lambda: self._entry_image(entry), SHARED_SYMBOLS)
 
     def _listed_kext(self, info: KextInfo) -> KextImage:
         name, address = info.identifier, info.load_address
@@ -192,7 +207,7 @@ class KernelCache:
                 name, None, f"no segment of the kernel holds address {address or 0:#x}"
             )
         offset = segment.fileoff + address - segment.vmaddr
-        return MachO(SliceSource(source, offset, info.size or 0, name))
+        return self._claimed(MachO(SliceSource(source, offset, info.size or 0, name)))
 
     def _module(self, info: KextInfo, index: int) -> KextImage:
         """A kext that is linked into the kernel: it lies from __kmod_start[index] to the next."""
@@ -219,7 +234,7 @@ class KernelCache:
     def _module_image(self, address: int) -> MachO:
         from kvmtool.image import LoadedImage
 
-        return MachO(LoadedImage(self._memory, address, self.image.source.name))
+        return self._claimed(MachO(LoadedImage(self._memory, address, self.image.source.name)))
 
     # memory
 
@@ -251,7 +266,7 @@ class KernelCache:
         raw = image_memory(self.image)
         images = [self.image]
         if self.is_fileset and self.level != PRIMARY:  # these have chains for every kext
-            images += [entry_image(self.image, entry) for entry in self.entries]
+            images += [self._entry_image(entry) for entry in self.entries]
         images = [image for image in images if has_fixups(image)]
         if not images:
             return raw

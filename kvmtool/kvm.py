@@ -6,35 +6,38 @@ handle's business, since not every question needs them.
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvmtool import macho
 from kvmtool.arch import arch_for
+from kvmtool.container import open_container
 from kvmtool.errors import (
+    FaultError,
     FormatError,
     KvmError,
     KvmWarning,
     MismatchError,
     NotFoundError,
+    UnknownFormatError,
     UnsupportedError,
 )
 from kvmtool.handle import Kvm, Parts
 from kvmtool.kernel_file import open_kernel
 from kvmtool.macho import MachO, uuid_text
-from kvmtool.source import open_source
 from kvmtool.symbols import SymbolTable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-    from kvmtool.boot import Finder
+    from kvmtool.boot import Boot
     from kvmtool.formats import Format
     from kvmtool.memory import Memory
     from kvmtool.source import Source
 
-__all__ = ["Kvm", "open", "open_format"]
+__all__ = ["Kvm", "open"]
 
 
 def open(  # noqa: A001  kvmtool.open() reads as what it does
@@ -48,6 +51,8 @@ def open(  # noqa: A001  kvmtool.open() reads as what it does
     arch: str | None = None,
     kexts: Sequence[tuple[str, int]] = (),
     kernel_path: Sequence[str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    mapped: bool = True,
 ) -> Kvm:
     """Open a kernel file, a dump, or a dump with its kernel's file.
 
@@ -56,14 +61,20 @@ def open(  # noqa: A001  kvmtool.open() reads as what it does
     own memory is used. `slide` (bytes) overrides what would be found; `force` goes on although
     kernel and dump do not belong together; `format` names the container; `layout` a layout of the
     database; `arch` the slice of a fat file, by default the dump's; `kexts` are kext files and the
-    addresses they are loaded at.
+    addresses they are loaded at; `progress` is told bytes done and bytes in all while memory is
+    searched for the kernel.
+
+    With `mapped` off a dump's file is read, not mapped: it may be cut while it is open.
+    `core` may also be gdb://host:port (a halted machine) or a memory device of the running Mac.
 
     Raises OSError, `FormatError`, `MismatchError`, `NotFoundError`.
     """
     if core is None:
         kvm = _open_static(kernel, arch)
     else:
-        kvm = _open_dump(kernel, core, slide, force, format, arch, kernel_path)
+        kvm = _open_dump(
+            _Wanted(kernel, core, slide, force, format, arch, kernel_path, progress, mapped)
+        )
     kvm.layout_name = layout
     kvm.kext_files = tuple(kexts)
     return kvm
@@ -97,83 +108,152 @@ def _static_memory(image: MachO) -> Memory:
     return open_collection(image).memory()
 
 
-def open_format(source: Source, name: str | None) -> tuple[Format, tuple[Source, ...]]:
-    """The container in `source`, seen through a corefile to the kernel's core inside it.
+class _Wanted(NamedTuple):
+    """What the user said about a dump; see `open`."""
 
-    Returns it with the further sources to close. Raises `FormatError`.
-    """
-    from kvmtool import formats
-
-    entry = formats.by_name(name) if name is not None else formats.identify(source)
-    dump: Any = formats.load(entry)(source)
-    if entry.name != "corefile":
-        return dump, ()
-    inner = dump.open_member(dump.kernel_member())
-    core, more = open_format(inner, None)
-    core.container = dump
-    return core, (inner, *more)
+    kernel: str | None
+    core: str
+    slide: int | None
+    force: bool
+    format: str | None
+    arch: str | None
+    kernel_path: Sequence[str] | None
+    progress: Callable[[int, int], None] | None
+    mapped: bool
 
 
-def _open_dump(
-    kernel: str | None,
-    core: str,
-    slide: int | None,
-    force: bool,
-    format: str | None,
-    arch: str | None,
-    kernel_path: Sequence[str] | None,
+def _open_dump(wanted: _Wanted) -> Kvm:
+    dump, sources, unknown = open_container(wanted.core, wanted.format, wanted.mapped)
+    for text in dump.warnings:
+        warnings.warn(f"{wanted.core}: {text}", KvmWarning, stacklevel=3)
+    physical = dump.physical()
+    try:
+        if physical is not None:
+            return _open_physical(wanted, dump, sources, physical)
+    except NotFoundError as missing:
+        if unknown is None:
+            raise
+        raise UnknownFormatError(
+            wanted.core, None, f"{unknown.reason}; and no kernel was found in it as raw memory"
+        ) from missing
+    memory = dump.virtual()
+    if memory is None:
+        raise UnsupportedError(f"{wanted.core}: {dump.name} holds no memory of a kernel")
+    return _open_virtual(wanted, dump, sources, memory)
+
+
+def _open_virtual(
+    wanted: _Wanted, dump: Format, sources: tuple[Source, ...], memory: Memory
 ) -> Kvm:
+    """A dump of the kernel's address space."""
     from kvmtool.boot import Finder
 
-    source = open_source(core)
-    dump, inner = open_format(source, format)
-    facts = dump.facts
-    for text in dump.warnings:
-        warnings.warn(f"{core}: {text}", KvmWarning, stacklevel=3)
+    facts, core = dump.facts, wanted.core
     machine = arch_for(facts.cputype, facts.cpusubtype)
-    memory: Memory | None = dump.virtual()
-    if memory is None:
-        raise UnsupportedError(f"{core}: {dump.name} holds no kernel address space")
     alone = Finder(memory, facts, machine, core, None)
+    kernel = wanted.kernel or _known_kernel(wanted, facts.uuid, alone.uuid_alone)
     if kernel is None:
-        kernel = _known_kernel(alone, kernel_path)
-    if kernel is None:
-        if slide is not None:  # raises: a slide says nothing without a kernel's link address
-            alone.at_slide(slide)
-        sources = (*inner, source)
-        return Kvm(dump, machine, lambda: memory, lambda: _kernel_inside(alone, core), sources)
-    file = open_kernel(kernel, arch or macho.arch_name(facts.cputype, facts.cpusubtype))
+        if wanted.slide is not None:  # raises: a slide says nothing without a link address
+            alone.at_slide(wanted.slide)
+
+        def inside() -> Parts:
+            try:
+                return _kernel_inside(memory, alone.find(), core)
+            except NotFoundError as error:
+                return Parts(None, SymbolTable(None, 0, str(error)), None)
+
+        return Kvm(dump, machine, lambda: memory, functools.cache(inside), sources)
+    file = open_kernel(kernel, wanted.arch or macho.arch_name(facts.cputype, facts.cpusubtype))
     image = file.kernel
-    if image.cputype != facts.cputype and not force:
-        theirs = macho.arch_name(image.cputype, image.cpusubtype)
-        raise MismatchError(
-            f"{kernel} is a kernel for {theirs}, {core} a dump of {machine.name}; "
-            "--force goes on all the same"
-        )
+    if image.cputype != facts.cputype and not wanted.force:
+        raise _other_machine(kernel, image, core, machine.name)
     finder = Finder(memory, facts, machine, core, image)
-    boot = finder.find(force) if slide is None else finder.at_slide(slide)
+    boot = finder.find(wanted.force) if wanted.slide is None else finder.at_slide(wanted.slide)
     parts = Parts(image, SymbolTable(image.symtab, boot.slide or 0), boot, file)
-    sources = (file.image.source, *inner, source)
-    return Kvm(dump, machine, lambda: memory, lambda: parts, sources)
+    return Kvm(dump, machine, lambda: memory, lambda: parts, (file.image.source, *sources))
 
 
-def _known_kernel(finder: Finder, kernel_path: Sequence[str] | None) -> str | None:
-    """The file of the dump's kernel in the directories the user named, found by its UUID."""
+def _open_physical(
+    wanted: _Wanted, dump: Format, sources: tuple[Source, ...], physical: Memory
+) -> Kvm:
+    """A dump of physical memory, or a live machine's: the kernel's page tables have to be found."""
+    from kvmtool.boot import Boot
+    from kvmtool.formats import UNSAID
+    from kvmtool.paging import BUDGET
+    from kvmtool.way_in import find_way, kernel_memory
+
+    facts, core = dump.facts, wanted.core
+    said = None if facts.cputype == UNSAID else macho.arch_name(facts.cputype, facts.cpusubtype)
+    look = functools.partial(
+        find_way,
+        physical,
+        facts=facts,
+        name=core,
+        force=wanted.force,
+        progress=wanted.progress,
+        remember=not dump.live,
+    )
+    kernel = wanted.kernel or _known_kernel(wanted, facts.uuid, lambda: look(None).uuid)
+    file = open_kernel(kernel, wanted.arch or said) if kernel is not None else None
+    image = file.kernel if file is not None else None
+    way = look(image, kernel_address=_address_at(image, wanted.slide))
+    if image is not None and image.cputype != way.cputype and not wanted.force:
+        raise _other_machine(kernel or "", image, core, macho.arch_name(way.cputype, 0))
+    machine = arch_for(way.cputype, facts.cpusubtype)
+    memory = kernel_memory(physical, way, 0 if dump.live else BUDGET)
+    boot = Boot(way.kernel_address, way.slide, way.how, way.uuid, way.version, way.rejected)
+    if file is None or image is None:
+        parts = _kernel_inside(memory, boot, core)
+    else:
+        parts = Parts(image, SymbolTable(image.symtab, boot.slide or 0), boot, file)
+        sources = (file.image.source, *sources)
+    kvm = Kvm(dump, machine, lambda: memory, lambda: parts, sources)
+    kvm.physical, kvm.way = physical, way
+    return kvm
+
+
+def _address_at(image: MachO | None, slide: int | None) -> int | None:
+    """Where --slide puts the kernel's header; None without it."""
+    if slide is None:
+        return None
+    text = image.segment("__TEXT") if image is not None else None
+    if text is None:
+        raise NotFoundError(
+            "segment", "__TEXT", hint="--slide needs a kernel file: name one with -N"
+        )
+    return (text.vmaddr + slide) & 0xFFFFFFFFFFFFFFFF
+
+
+def _other_machine(kernel: str, image: MachO, core: str, machine: str) -> MismatchError:
+    theirs = macho.arch_name(image.cputype, image.cpusubtype)
+    return MismatchError(
+        f"{kernel} is a kernel for {theirs}, {core} a dump of {machine}; "
+        "--force goes on all the same"
+    )
+
+
+def _known_kernel(
+    wanted: _Wanted, uuid: bytes | None, look: Callable[[], bytes | None]
+) -> str | None:
+    """The file of the dump's kernel in the directories the user named, found by its UUID.
+
+    `look` finds the UUID where the dump does not say it; it is asked only if there are directories.
+    """
     from kvmtool.kernel_index import ENVIRONMENT
 
-    if kernel_path is None and not os.environ.get(ENVIRONMENT):
+    if wanted.kernel_path is None and not os.environ.get(ENVIRONMENT):
         return None
     from kvmtool.kernel_search import find_kernel
 
-    uuid = finder.facts.uuid or finder.uuid_alone()
-    known = None if uuid is None else find_kernel(uuid, kernel_path)
+    uuid = uuid or look()
+    known = None if uuid is None else find_kernel(uuid, wanted.kernel_path)
     if known is not None:
-        text = f"kernel {known.path} taken for {finder.name}: its UUID is {uuid_text(uuid)}"
-        warnings.warn(text, KvmWarning, stacklevel=4)
+        text = f"kernel {known.path} taken for {wanted.core}: its UUID is {uuid_text(uuid)}"
+        warnings.warn(text, KvmWarning, stacklevel=5)
     return None if known is None else known.path
 
 
-def _kernel_inside(finder: Finder, core: str) -> Parts:
+def _kernel_inside(memory: Memory, boot: Boot, core: str) -> Parts:
     """The kernel in the dump's own memory, and its symbols where the dump holds them.
 
     The table in memory may be as linked or as run; `__mh_execute_header`, which is the header's
@@ -181,11 +261,7 @@ def _kernel_inside(finder: Finder, core: str) -> Parts:
     """
     from kvmtool.image import LoadedImage
 
-    try:
-        boot = finder.find()
-    except NotFoundError as error:
-        return Parts(None, SymbolTable(None, 0, str(error)), None)
-    image = MachO(LoadedImage(finder.memory, boot.kernel_address, core))
+    image = MachO(LoadedImage(memory, boot.kernel_address, core))
     try:
         table = image.symtab
         found = table.find("__mh_execute_header") if table is not None else []
@@ -198,5 +274,17 @@ def _kernel_inside(finder: Finder, core: str) -> Parts:
             f"({boot.version or 'no banner'}) with -N"
         )
         return Parts(image, SymbolTable(None, 0, hint), boot)
-    slide = boot.kernel_address - header.n_value
-    return Parts(image, SymbolTable(table, slide), boot._replace(slide=slide))
+    symbols = SymbolTable(table, boot.kernel_address - header.n_value)
+    return Parts(image, symbols, boot._replace(slide=_own_slide(memory, image, symbols)))
+
+
+def _own_slide(memory: Memory, image: MachO, symbols: SymbolTable) -> int:
+    """The slide as the kernel itself knows it; the table in memory may have been slid with it."""
+    variable = symbols.get("_vm_kernel_slide")  # xnu-2050 (10.8) on: before, nothing slid
+    if variable is None:
+        return symbols.slide
+    try:
+        raw = memory.read(variable.address, 8 if image.is64 else 4)
+    except FaultError:
+        return symbols.slide
+    return int.from_bytes(raw, "little" if image.byteorder == "<" else "big")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from kvmtool.errors import FaultError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from kvmtool.source import Source
 
@@ -128,6 +128,8 @@ class RunMemory:
         """
         self.space = space
         self.source = source
+        self._view: Callable[[int, int], memoryview | bytes] | None
+        self._view = getattr(source, "view", None)
         if not all(map(lt, starts, ends)):  # a run of no bytes would cut a hole in two
             held = list(map(lt, starts, ends))
             starts, ends, offsets = (
@@ -154,6 +156,16 @@ class RunMemory:
         self.check(address, size)
         spans = list(self.spans(address, size))
         return b"".join(self._get(offset, length) for _, length, offset in spans)
+
+    def view(self, address: int, size: int) -> memoryview | bytes:
+        """As `read`, without a copy where it can be; not to be kept (see `FileSource.view`)."""
+        at = bisect_right(self._starts, address) - 1
+        if self._view is None or at < 0 or address + size > self._ends[at]:
+            return self.read(address, size)
+        offset = self._offsets[at]
+        if offset == ZERO_FILL:
+            return bytes(size)
+        return self._view(offset + address - self._starts[at], size)
 
     def check(self, address: int, size: int) -> None:
         """Raises `FaultError` for the first bad address of the range; reads nothing."""

@@ -102,8 +102,16 @@ class NlistTable:
             count = min(_SCAN, self.nsyms - start)
             raw = self._source.read_at(self.symoff + start * size, count * size)
             column = memoryview(raw).cast("I")[::step].tolist()
-            if not wanted.isdisjoint(column):
-                found += [start + at for at, strx in enumerate(column) if strx in wanted]
+            hits = wanted.intersection(column)
+            if len(hits) > _FEW:
+                found += [start + at for at, strx in enumerate(column) if strx in hits]
+                continue
+            for strx in hits:  # usually one: index runs in C, a loop over the column does not
+                at = -1
+                for _ in range(column.count(strx)):
+                    at = column.index(strx, at + 1)
+                    found.append(start + at)
+        found.sort()
         return found
 
     def _places(self, encoded: bytes) -> list[int]:

@@ -16,9 +16,10 @@ from kvmtool.errors import FaultError
 from kvmtool.memory import Piece, Region
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
-    from kvmtool.arch.pages import Walker, Window
+    from kvmtool.arch.pages import Window
+    from kvmtool.arch.walker import Walker
     from kvmtool.memory import Memory
 
 BUDGET = 64 << 20  # bytes that translations kept in memory may take
@@ -54,6 +55,8 @@ class PagedMemory:
         self.space = space
         self.physical, self.walker = physical, walker
         self._read = physical.read
+        self._view: Callable[[int, int], memoryview | bytes]
+        self._view = getattr(physical, "view", physical.read)
         self._shift = walker.window_bits
         self._windows: dict[int, Window] = {}
         self._budget = self._left = budget
@@ -89,27 +92,42 @@ class PagedMemory:
                     return self._read(address + delta, size)
                 except FaultError as fault:
                     raise self._absent(fault, delta, size) from None
-        return self._read_spans(address, size)
+        return self._gather(address, size)
 
-    def _read_spans(self, address: int, size: int) -> bytes:
+    def _gather(self, address: int, size: int) -> bytes:
+        """The range by its extents: all are translated before the first is read."""
         if size <= 0:
             return b""
-        spans: list[tuple[int, int, int]] = []
-        for start, length, physical, reason in self._spans(address, size):
-            if physical is None:
-                raise FaultError(self.space, start, size, reason)
-            spans.append((start, length, physical))
-        parts = []
-        for start, length, physical in spans:
-            try:
-                parts.append(self._read(physical, length))
-            except FaultError as fault:
-                raise self._absent(fault, physical - start, size) from None
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        extents = self._extents(address, size)
+        parts: list[memoryview | bytes] = []
+        try:
+            for physical, length in extents:
+                parts.append(self._view(physical, length))
+        except FaultError as fault:
+            count = len(parts)
+            parts.clear()  # a view that a traceback keeps would keep the file open
+            start = address + sum(length for _, length in extents[:count])
+            raise self._absent(fault, extents[count][0] - start, size) from None
+        return b"".join(parts)
+
+    def _extents(self, address: int, size: int) -> list[tuple[int, int]]:
+        """The range as (physical address, bytes). Raises `FaultError`."""
+        extents: list[tuple[int, int]] = []
+        at = address
+        for stop, delta, reason in self._pieces(address, address + size):
+            if delta is None:
+                self._check(address, at, size)  # what is absent before it is the first bad one
+                raise FaultError(self.space, at, size, reason)
+            extents.append((at + delta, stop - at))
+            at = stop
+        return extents
 
     def check(self, address: int, size: int) -> None:
         """Raises `FaultError` for the first bad address of the range; reads only page tables."""
-        for start, length, physical, reason in self._spans(address, size):
+        self._check(address, address + size, size)
+
+    def _check(self, address: int, end: int, size: int) -> None:
+        for start, length, physical, reason in self._spans(address, end - address):
             if physical is None:
                 raise FaultError(self.space, start, size, reason)
             try:
@@ -153,9 +171,8 @@ class PagedMemory:
     def _spans(self, address: int, size: int) -> Iterator[tuple[int, int, int | None, str]]:
         """The range as (address, bytes, physical address or None, reason), in address order."""
         end = address + size
-        pieces = self._known(address, end) if self._budget else self._anew(address, end)
         start, stop, before, why = address, address, None, ""
-        for piece_end, delta, reason in pieces:
+        for piece_end, delta, reason in self._pieces(address, end):
             if stop > start and (delta, reason) != (before, why):
                 yield start, stop - start, None if before is None else start + before, why
                 start = stop
@@ -163,18 +180,22 @@ class PagedMemory:
         if stop > start:
             yield start, stop - start, None if before is None else start + before, why
 
+    def _pieces(self, address: int, end: int) -> Iterator[tuple[int, int | None, str]]:
+        """The range as (end, delta, reason), in address order."""
+        return self._known(address, end) if self._budget else self._anew(address, end)
+
     def _known(self, address: int, end: int) -> Iterator[tuple[int, int | None, str]]:
-        """The range as (end, delta, reason), from windows."""
         while address < end:
             starts, deltas, what = self._window(address)
-            at = bisect_right(starts, address) - 1
-            while at < len(deltas) and address < end:
-                delta, address = deltas[at], min(starts[at + 1], end)
-                yield address, delta, "" if delta is not None else str(what[at])
+            at = bisect_right(starts, address)
+            while address < end and at < len(starts):
+                address, delta = starts[at], deltas[at - 1]
+                if address > end:
+                    address = end
+                yield address, delta, "" if delta is not None else str(what[at - 1])
                 at += 1
 
     def _anew(self, address: int, end: int) -> Iterator[tuple[int, int | None, str]]:
-        """The range as (end, delta, reason), each page looked up."""
         while address < end:
             physical, size, reason = self.walker.lookup(address)
             delta = None if physical is None else physical - address

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 S_ATTR_DEBUG = 0x02000000  # mach-o/loader.h: a section that no linker loads
 
-_LIMIT = 1 << 19  # entries; the largest kexts have some hundred thousand
+_LIMIT = 1 << 18  # entries; the whole BSD half of a ppc kernel has 107,000
 _INDEX_BITS = 20
 _INDEX = (1 << _INDEX_BITS) - 1
 _WIDEST = 8  # bytes that one entry may change
@@ -128,11 +128,10 @@ class Relocations:
 
     def _entry(self, index: int) -> Entry:
         at = bisect_right(self._firsts, index) - 1
-        table, machine = self.tables[at], self._machine
+        table = self.tables[at]
         entry = self._decode(index, table.base)
-        if entry.type in machine.pairs and index + 1 < self._firsts[at] + table.nreloc:
-            follower = self._decode(index + 1, 0)
-            return Entry(*entry[:-1], follower)
+        if entry.type in self._machine.pairs and index + 1 < self._firsts[at] + table.nreloc:
+            entry = entry._replace(pair=self._decode(index + 1, 0))
         return entry
 
     def _decode(self, index: int, base: int) -> Entry:

@@ -63,6 +63,12 @@ class FileSource:
             raise TruncatedError(self.name, off, size, max(0, min(size, self.size - off)))
         return self._map[off : off + size] if self._map is not None and size else b""
 
+    def view(self, off: int, size: int) -> memoryview | bytes:
+        """As `read_at` without a copy; not to be kept, while there are views `close` fails."""
+        if self._map is None or off < 0 or size < 0 or off + size > self.size:
+            return self.read_at(off, size)
+        return memoryview(self._map)[off : off + size]
+
     def find(self, needle: bytes, start: int, end: int) -> int:
         """See `Source.find`."""
         if self._map is None or start >= self.size:
@@ -144,7 +150,11 @@ def open_source(path: str) -> Source:
 
     Raises OSError, or `FormatError` for what is not a regular file.
     """
-    source = FileSource(path)
+    return see_through(FileSource(path))
+
+
+def see_through(source: Source) -> Source:
+    """What a gzip stream holds, or the source itself; closing it closes `source`."""
     if source.size >= 2 and source.read_at(0, 2) == b"\x1f\x8b":
         from kvmtool.gzip_source import GzipSource
 

@@ -40,7 +40,7 @@ def thread_starts(image: MachO) -> array[int] | None:
 
 
 class Threads(ChainReader):
-    """All threads of an image, as pages like those of `chains.Chains`."""
+    """All threads of an image, as pages like those of `chains`."""
 
     page_size = _PAGE
 

@@ -15,7 +15,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvmtool import way_memo, way_places, way_roots
-from kvmtool.errors import MismatchError, NotFoundError, UnsupportedError
+from kvmtool.arch import x86_pages
+from kvmtool.errors import (
+    MismatchError,
+    NotFoundError,
+    UnsupportedError,
+)
 from kvmtool.formats import UNSAID
 from kvmtool.macho import uuid_text
 from kvmtool.paging import BUDGET, PagedMemory
@@ -33,6 +38,7 @@ if TYPE_CHECKING:
     from kvmtool.way_scan import Progress
 
 _LIMIT = 100  # places, and reasons, that are kept
+_SEARCHES = 8  # places for which memory is searched for tables: each costs a pass
 _TOLD = 4  # reasons that an error tells
 
 
@@ -58,6 +64,34 @@ class Way(NamedTuple):
 def kernel_memory(physical: Memory, way: Way, budget: int = BUDGET) -> PagedMemory:
     """The kernel's address space. `budget` as in `PagedMemory`: 0 for a live machine."""
     return PagedMemory(physical, way_roots.walker(physical, way.mode, way.root), budget=budget)
+
+
+def process_memory(
+    physical: Memory,
+    way: Way,
+    root: int,
+    known: int | None,
+    space: str,
+    budget: int | None = None,
+) -> PagedMemory:
+    """The address space under the table `root`, the same kind as the kernel's or another.
+
+    An i386 kernel on a 64-bit processor runs processes on 4-level tables whatever its own are
+    (osfmk/i386/pmap.c, xnu-1228): the kind that translates `known`, an address of the process, is
+    the right one.
+    """
+    modes = (way.mode, *(mode for mode in x86_pages.WALKERS if mode != way.mode))
+    if way.mode not in x86_pages.WALKERS:
+        modes = (way.mode,)
+    size = BUDGET if budget is None else budget
+    memories = [
+        PagedMemory(physical, way_roots.walker(physical, mode, root), space=space, budget=size)
+        for mode in modes
+    ]
+    for memory in memories:
+        if known is not None and memory.walker.walk(known).physical is not None:
+            return memory
+    return memories[0]
 
 
 def find_way(
@@ -193,17 +227,19 @@ class _Search:
             return
         (machine,) = self._machines
         for at in self.physical.find(known.banner.encode("utf-8", "surrogateescape")):
-            how = f"banner at physical {at:#x}"
             header = at - (known.version_at - known.link)
             if machine.base is not None:
-                yield from self._from_place(
-                    Place(machine, (header + machine.base) & MASK, header, how)
-                )
+                address = (header + machine.base) & MASK
             elif self.kernel_address is not None:
-                yield from self._from_place(Place(machine, self.kernel_address, header, how))
+                address = self.kernel_address
+            else:
+                continue  # the header, which would tell, is not there: it had been found
+            if self.kernel_address in (None, address):
+                how = f"banner at physical {at:#x}"
+                yield from self._from_place(Place(machine, address, header, how))
 
     def _tables(self) -> Iterator[Way]:
-        while len(self._places) > self._searched:
+        while self._searched < min(len(self._places), _SEARCHES):
             place = self._places[self._searched]
             self._searched += 1
             for root in way_roots.searched(self.physical, place, self.progress):
@@ -228,11 +264,15 @@ class _Search:
             self._reject(f"{place.how}: no symbols to find its page table by")
             return
         to_physical = way_roots.static_address(place.machine, delta)
+        count = 0
         for root in way_roots.of_symbols(memory, to_physical, place.machine, symbols):
+            count += 1
             root = root._replace(how=f"{place.how}, {root.how}")
             way = self._verify(root, place.machine, place.address)
             if way is not None:
                 yield way
+        if not count:
+            self._reject(f"{place.how}: nothing its symbols name can be a page table (a copy?)")
 
     def _own(self, way: Way, machine: Machine) -> Way:
         """The same by the kernel's own table: a CPU may have been using a process's."""

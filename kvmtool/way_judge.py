@@ -77,8 +77,7 @@ class Judge:
             return None if image is not None else ""
         if self.force or uuid is None or uuid == self.kernel.uuid:
             return None
-        self.seen = self.seen or (uuid, None)
-        return f"{uuid_text(uuid)} is another kernel"
+        return self._another(memory, image, uuid)
 
     def judge(self, space: Memory, address: int) -> Verdict | str:
         """The kernel at `address`, or why it is not the one."""
@@ -98,10 +97,15 @@ class Judge:
             return Verdict(slide, uuid, version or self.kernel.banner)
         if self.force and image is not None:
             return Verdict(slide, uuid, version)
-        if image is None and version is None:
+        if image is None:
             return f"no kernel at {address:#x}"
-        self.seen = (uuid, version)
-        return f"found {uuid_text(uuid)}, {version or 'no banner'} at {address:#x}"
+        return self._another(space, image, uuid)
+
+    def _another(self, memory: Memory, image: MachO | None, uuid: bytes | None) -> str:
+        if self.seen is None or self.seen[0] != uuid:
+            version = _banner_inside(memory, image) if image is not None else None
+            self.seen = (uuid, version)
+        return f"another kernel ({uuid_text(uuid)}, {self.seen[1] or 'no banner'})"
 
     def symbols(self, memory: Memory, address: int) -> SymbolTable | None:
         """The kernel's symbols: of its file, else those the kernel in `memory` has with it."""

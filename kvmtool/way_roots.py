@@ -17,7 +17,7 @@ from kvmtool.way_places import ARM64, I386, X86_64
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from kvmtool.arch.pages import Walker
+    from kvmtool.arch.walker import Walker
     from kvmtool.memory import Memory
     from kvmtool.symbols import SymbolTable
     from kvmtool.way_places import Machine, Place

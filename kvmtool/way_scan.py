@@ -27,11 +27,14 @@ def chunks(physical: Memory, progress: Progress | None) -> Iterator[tuple[int, m
     regions = list(physical.regions())
     total, done = sum(region.size for region in regions), 0
     for region in regions:
-        start = region.start + -region.start % PAGE
-        end = (region.start + region.size) // PAGE * PAGE
-        for at in range(start, end, _CHUNK):
-            data = physical.read(at, min(_CHUNK, end - at))
-            yield at, _words(data)
+        end = region.start + region.size
+        for at in range(region.start + -region.start % PAGE, end, _CHUNK):
+            for piece in physical.read_pieces(at, min(_CHUNK, end - at)):
+                if piece.data is not None:
+                    first = -piece.address % PAGE
+                    last = (piece.address + piece.size) // PAGE * PAGE - piece.address
+                    if first < last:
+                        yield piece.address + first, _words(piece.data[first:last])
             if progress is not None:
                 progress(done + at - region.start, total)
         done += region.size

@@ -518,6 +518,21 @@ def test_a_silent_target_is_waited_for_once():
         assert time.monotonic() - began < 0.2
 
 
+@pytest.mark.parametrize("answers", [0, 1, 5])
+def test_an_interrupted_read_does_not_shift_the_next(answers):
+    with Stub(memory=HOLED, physical=()) as stub, open_gdb(stub.url) as gdb:
+        memory = gdb.virtual()
+        memory.read(KERNEL, 4)  # the stub's mode is set
+        replies = gdb.source.ask_all(
+            [b"m%x,10" % (KERNEL + at) for at in range(0, 0x100, 16)], packets.memory, 8
+        )
+        for at in range(answers + 1):
+            assert next(replies) == DATA[16 * at : 16 * at + 16]
+        replies.close()  # as ^C does
+        assert memory.read(KERNEL + 0x1000, 16) == DATA[0x1000:0x1010]
+        assert memory.read(KERNEL + 0x800, 0x2000) == DATA[0x800:0x2800]
+
+
 def test_reconnecting_is_explicit_and_works():
     with Stub(memory=HOLED) as stub, open_gdb(stub.url) as gdb:
         memory = gdb.virtual()

@@ -12,6 +12,7 @@ import pytest
 
 from kvmtool import cache, kernel_index
 from kvmtool.kernel_index import KnownFile, find, index, search_path, survey
+from kvmtool.kernel_search import PeelOpener
 from kvmtool.source import BytesSource
 from tests import inputs
 from tests.builders import macho as build
@@ -143,20 +144,23 @@ def test_the_real_kernels(tmp_path):
 def test_the_slices_of_the_real_fat_kext_and_its_dsym(tmp_path):
     for name in ("fat-ppc-i386-zfs-102A", "fat-ppc-i386-zfs-102A.dSYM"):
         (tmp_path / name[-5:]).symlink_to(inputs.real(f"kexts/{name}"))
-    known = index([str(tmp_path)])
+    known = index([str(tmp_path)], [PeelOpener()])
     wanted = {"ppc": "0e8b7da6f9b14254ad80fdf931113a8c", "i386": "4f36a533e2bd4e4389364531dc9ec4ea"}
     found = {(one.arch, one.kind): one.uuid.hex() for one in known}
     assert found == {(arch, kind): wanted[arch] for arch in wanted for kind in ("kext", "dSYM")}
     for kind in ("kext", "dSYM"):
-        assert find(bytes.fromhex(wanted["ppc"]), [str(tmp_path)], kind).kind == kind
+        assert (
+            find(bytes.fromhex(wanted["ppc"]), [str(tmp_path)], kind, [PeelOpener()]).kind == kind
+        )
 
 
 def test_packed_kernels(tmp_path):
     plain = kernel("packed")
     stored = b"bvx-" + struct.pack("<I", len(plain)) + plain + b"bvx$"
     root = fill(tmp_path, lzfse=stored, der=b"\x30\x82\x01\x00" + bytes(256))
-    assert names(index([root])) == [("lzfse", "kernel")]
-    assert find(uuid("packed"), [root]).path == f"{root}/lzfse"
+    assert index([root]) == []
+    assert names(index([root], [PeelOpener()])) == [("lzfse", "kernel")]
+    assert find(uuid("packed"), [root], openers=[PeelOpener()]).path == f"{root}/lzfse"
 
 
 class Backwards:
@@ -255,6 +259,10 @@ def test_only_what_changed_is_opened(tmp_path):
     assert survey([root]).opened == 1
     os.utime(tmp_path / "a", ns=(5, 5))
     assert survey([root]).opened == 1
+    (tmp_path / "a").write_bytes(kernel("three") + b"longer")
+    os.utime(tmp_path / "a", ns=(5, 5))
+    assert find(uuid("one"), [root]) is None
+    assert find(uuid("three"), [root]).path == f"{root}/a"
     (tmp_path / "a").unlink()
     assert survey([root])[1:3] == (2, 0)
     assert names(index([root])) == [("b", "kernel")]
@@ -379,11 +387,11 @@ def test_damaged_files_are_counted_and_the_rest_is_known(tmp_path):
     files["fat"] = struct.pack(">2I5I", 0xCAFEBABE, 1, 7, 3, 0x10000000, 16, 0)
     files["java"] = b"\xca\xfe\xba\xbe\0\0\0\x34" + bytes(100)
     root = fill(tmp_path, **files)
-    found = survey([root])
+    found = survey([root], [PeelOpener()])
     assert names(found.known) == [("good", "kernel")]
     assert found.unreadable == 4
     assert all("offset" in problem for problem in found.problems)
-    assert survey([root]) == found._replace(opened=4)  # they are tried again
+    assert survey([root], [PeelOpener()]) == found._replace(opened=4)  # they are tried again
 
 
 def test_any_damage_is_survived(tmp_path):

@@ -413,6 +413,43 @@ def test_ppc_branches():
     assert {word & 0xFC000003 for word in found} == {0x48000001}
 
 
+def test_ppc_jbsr_counts_from_the_start_of_its_section():
+    island = [plain(">", 0, 2, 0, 2, 0, 13), plain(">", 8, 0, 0, 2, 0, 1)]
+    inside = [scattered(4, 0, 2, 13, 0x24), scattered(8, 0, 2, 1, 0)]
+    parts = [Part("__text", [0x48000001] * 8, island + inside), Part("__more", [0] * 4)]
+    kext = Object("ppc", parts).load(0x01000000)
+    found = struct.unpack(">2I", kext.memory.read(0x01001000, 8))
+    assert found == (0x48000001 + 0x20 + 8, 0x48000001 + 0x20 + 8 - 4)
+
+
+def test_absolute_targets_do_not_move():
+    """r_symbolnum R_ABS: `call 0x200000` moves away from its target, `.long 0x200000` stays."""
+    entries = [plain("<", 0, 0, 0, 2, 0, 0), plain("<", 4, 0, 1, 2, 0, 0)]
+    words = [0x200000, 0x200000 - 8]
+    symbols = [build.Sym("_fixed", 0x1234, build.N_ABS | build.N_EXT, 0)]
+    entries.append(plain("<", 8, 0, 0, 2, 1, 0))
+    kext = Object("i386", [Part("__text", [*words, 4], entries)], symbols).load(ARTICLE_ADDRESS)
+    start = ARTICLE_ADDRESS + 0x1000
+    first, second, third = struct.unpack("<3I", kext.memory.read(start, 12))
+    assert (first, second + start + 8 & 0xFFFFFFFF, third) == (0x200000, 0x200000, 0x1238)
+
+
+def test_debug_sections_are_not_loaded():
+    body = struct.pack("<2I", *plain("<", 0x7FFFFFFF, 0xFFFFFF, 1, 3, 1, 15))
+    data = bytearray(
+        Object("i386", [Part("__text", bytes(64)), Part("__debug_x", body, [(1, 2)])]).data()
+    )
+    flags = data.index(b"__debug_x") + 56
+    struct.pack_into("<I", data, flags, S_ATTR_DEBUG)
+    kext = load_bytes(data)
+    assert kext.memory.read(0x20001000, 64) == bytes(64)
+    with pytest.raises(FaultError, match="unmapped"):
+        kext.memory.read(0x20001040, 4)
+    struct.pack_into("<I", data, flags, 0)
+    with pytest.raises(FormatError):
+        load_bytes(data).memory.read(0x20001000, 64)
+
+
 @pytest.mark.parametrize("name", ["zfs", "bsd"])
 def test_ppc_words_by_llvm_objdumps_reading_of_the_tables(name, tmp_path):
     """Every VANILLA entry: the word in the file, plus its symbol's address or the slide."""
@@ -743,8 +780,8 @@ class Object:
                 )
             )
             content += body.ljust(build.up(len(body), 16), b"\0")
-            for entry in part.entries:
-                tables += struct.pack(order + "2I", *entry)
+            words = [word for entry in part.entries for word in entry]
+            tables += struct.pack(f"{order}{len(words)}I", *words)
         file = build.MachO(self.arch, build.MH_OBJECT)
         file.segment("", 0, content + tables, vmsize=len(content), sections=sections)
         file.symtab(self.symbols, dysymtab=False)

@@ -50,7 +50,19 @@ LAYERS = (
             *("relocation_types", "relocations"),
         ),
     ),
-    ("machines", ("image", "joined", "paging", "kernelcache", "macho_writer", "arch")),
+    (
+        "machines",
+        (
+            "image",
+            "joined",
+            "paging",
+            "kernelcache",
+            "linkedit",
+            "macho_writer",
+            "nlist_writer",
+            "arch",
+        ),
+    ),
     (
         "names",
         (
@@ -62,7 +74,7 @@ LAYERS = (
     ("types", ("types",)),
     ("target", ("target",)),
     ("kernel objects", ("xnu",)),
-    ("handle", ("handle", "kvm", "libkvm", "sample")),
+    ("handle", ("container", "handle", "kvm", "libkvm", "sample", "convert")),
     ("public names", ("",)),
     ("front ends", ("devices", "fuse", "cli", "__main__")),
 )
@@ -74,9 +86,11 @@ THIRD_PARTIES = {
     "rapidgzip": ("gzip_index",),
     "lz4": ("lz4_source",),
     "lzfse": ("peel",),
-    "backports": ("peel",),  # zstd, in the standard library as `compression` from 3.14 on
-    "compression": ("peel",),
+    "backports": ("peel", "formats"),  # zstd, in the standard library as `compression` from 3.14 on
+    "compression": ("peel", "formats"),
     "mfusepy": ("fuse",),
+    "cramjam": ("formats",),
+    "lzallright": ("formats",),
     "click": ("cli",),
     "rich": ("cli",),
 }

@@ -229,7 +229,7 @@ WHY = {
     "empty": "empty file: Invalid argument",
     "directory": "is a directory",
     "text-kernel": "text: at offset 0x0: expected a Mach-O magic",
-    "sh": "/bin/sh: at offset 0x0: no known format begins with",
+    "sh": "text: at offset 0x0: expected a Mach-O magic",
 }
 
 

@@ -3,6 +3,9 @@
 set -eu
 dir=$1
 new_enough='import sys; sys.exit(sys.version_info < (3, 11))'
+if "$dir/bin/python" -c "$new_enough" >/dev/null 2>&1; then
+    exit 0 # it is there already; only its packages may have to change
+fi
 for python in ${PYTHON:-} python3 python3.14 python3.13 python3.12 python3.11 \
     /opt/homebrew/bin/python3 /usr/local/bin/python3; do
     if "$python" -c "$new_enough" >/dev/null 2>&1; then

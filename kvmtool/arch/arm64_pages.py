@@ -20,9 +20,9 @@ from kvmtool.arch.pages import (
     WRITE,
     Level,
     Walk,
-    Walker,
     Window,
 )
+from kvmtool.arch.walker import Walker
 from kvmtool.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -116,8 +116,8 @@ class Arm64(Walker):
         self.user = user
         # all bits above are ones in the kernel's half, zeros in a user's
         self.ranges = ((0, 1 << bits) if user else ((1 << 64) - (1 << bits), 1 << 64),)
-        self._output = _OUTPUT & -(1 << granule)
-        self.keep = Arm64.keep | self._output
+        self.frame = _OUTPUT & -(1 << granule)
+        self.keep = Arm64.keep | self.frame
         # a block maps 1 GiB or 2 MiB, or 32 MiB with 16K pages
         self._blocks = ("L1", "L2") if granule == 12 else ("L2",)
         super().__init__(physical, root & _TTBR & -(8 << self.levels[0].bits))
@@ -128,7 +128,7 @@ class Arm64(Walker):
         if not entry & _VALID:
             return (COMPRESSED if leaf and entry & _COMPRESSED else UNMAPPED), 0
         if entry & _TABLE:
-            return (PAGE if leaf else TABLE), entry & self._output
+            return (PAGE if leaf else TABLE), entry & self.frame
         level = self.levels[depth]
         if level.name not in self._blocks:
             return MALFORMED, 0

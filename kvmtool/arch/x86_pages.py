@@ -19,8 +19,8 @@ from kvmtool.arch.pages import (
     USER,
     WRITE,
     Level,
-    Walker,
 )
+from kvmtool.arch.walker import Walker
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,7 +42,9 @@ _FLAGS = (
     (8, "G"),
     (63, "NX"),
 )
-_PDPTE_RESERVED = 0xFFF00000000001E6  # of PAE: no rights, no page (SDM table 4-8)
+# Of PAE: no rights, no page (SDM table 4-8). Bit 5 is reserved there, too, but QEMU's emulated
+# processor sets it as the accessed bit it is everywhere else.
+_PDPTE_RESERVED = 0xFFF00000000001C6
 
 _LONG_MODE = (Level("PML4", 39, 9), Level("PDPT", 30, 9), Level("PD", 21, 9), Level("PT", 12, 9))
 
@@ -61,6 +63,7 @@ def _flags(entry: int, leaf: bool) -> str:
 class LongMode(Walker):
     """IA-32e paging: four levels, or five with CR4.LA57. `mode` is "4-level" or "5-level"."""
 
+    frame = _FRAME
     keep = _P | _RW | _US | _COMPRESSED | _NX | _FRAME
     levels: tuple[Level, ...] = _LONG_MODE
     ranges: tuple[tuple[int, int], ...] = ((0, 1 << 47), ((1 << 64) - (1 << 47), 1 << 64))
@@ -136,6 +139,7 @@ class TwoLevel(Walker):
     ranges = ((0, 1 << 32),)
     mode = "2-level"
     entry_size = 4
+    frame = 0xFFFFF000
     keep = _P | _RW | _US | 0xFFFFF000
 
     def __init__(self, physical: Memory, root: int) -> None:

@@ -21,15 +21,22 @@ ERROR, USAGE, PARTIAL = 1, 2, 3
 
 # command -> (module in kvmtool.cli, help line); loaded when it is used
 COMMANDS = {
+    "convert": ("convert", "Write the memory of a core in another form."),
+    "dd": ("devices", "The dd line that reads an address from a mounted kmem."),
     "demo": ("demo", "Write the embedded sample, and say what to type."),
+    "extract": ("extract", "A kernel, a kext or a core as a file by itself."),
     "info": ("info", "Everything known about a kernel and a core."),
     "kernels": ("images", "The kernels in the directories of --kernel-path, by UUID."),
     "kexts": ("images", "The kexts in a kernel's image."),
+    "mount": ("devices", "The kernel's memory as files: kmem, mem, symbols."),
     "nlist": ("symbols", "Look symbols up, as kvm_nlist does."),
     "procs": ("procs", "List the processes, as ps does."),
     "read": ("memory", "Read kernel memory."),
+    "regions": ("space", "What memory there is, and what is absent."),
+    "search": ("space", "Find a string, bytes or a pointer in memory."),
     "symbol": ("images", "What lies at an address: name+offset [kext]."),
     "symbols": ("symbols", "List symbols, as nm does."),
+    "vtop": ("space", "How an address is translated to a physical one."),
 }
 
 

@@ -143,7 +143,10 @@ def slide_facts(kvm: Kvm) -> dict[str, Any] | None:
     boot = kvm.boot
     if boot is None:
         return None
+    way = kvm.way
     return {
+        "page_tables": None if way is None else way.mode,
+        "root": None if way is None else Address(way.root),
         "slide": _address(boot.slide),
         "kernel_address": Address(boot.kernel_address),
         "how": boot.how,

@@ -17,6 +17,7 @@ from kvmtool.cli.params import (
     format_option,
     kernel_options,
 )
+from kvmtool.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -68,6 +69,8 @@ class Reading:
 @click.option("--raw", is_flag=True, help="The bytes alone, for a pipe.")
 @click.option("--partial", is_flag=True, help="Read around holes; they are shown as what they are.")
 @click.option("--zero-fill", is_flag=True, help="Read holes as zeros.")
+@click.option("--physical", is_flag=True, help="ADDRESS is a physical one.")
+@click.option("--pid", type=int, help="ADDRESS is one of this process's.")
 @format_option
 @kernel_options
 def read(
@@ -77,6 +80,8 @@ def read(
     raw: bool,
     partial: bool,
     zero_fill: bool,
+    physical: bool,
+    pid: int | None,
     format: str,
     where: Where,
 ) -> None:
@@ -85,6 +90,9 @@ def read(
     All or nothing: a range with a hole in it is refused before anything is printed. With --partial
     or --zero-fill the rest is printed and the exit status is 3. With --raw, --partial ends at the
     first hole, as a short read does.
+
+    A dump of physical memory also has physical addresses (--physical) and those of each process
+    (--pid).
 
     Pointers that a kernel's file holds packed (chained fixups) are shown as they will be in memory;
     --raw gives the bytes of the file.
@@ -95,11 +103,11 @@ def read(
     """
     kvm = opened(where)
     start = address.resolve(kvm.address)
-    memory = kvm.raw_memory if raw else kvm.memory
+    memory = _space(kvm, physical, pid, raw)
     if not (partial or zero_fill):
         memory.check(start, count)
     reading = Reading(memory, start, count, zero_fill)
-    if not raw and kvm.decoded(start, count):
+    if not raw and pid is None and kvm.decoded(start, count):
         say("pointers here are decoded, as they will be in memory; --raw gives the file's bytes")
     if raw:
         _write_raw(reading)
@@ -108,6 +116,19 @@ def read(
     if reading.missing:
         say(f"{reading.missing:#x} of {count:#x} bytes at {start:#x} could not be read")
         click.get_current_context().exit(PARTIAL)
+
+
+def _space(kvm: Kvm, physical: bool, pid: int | None, raw: bool) -> Memory:
+    """The address space the user named."""
+    if physical and pid is not None:
+        raise click.UsageError("--physical and --pid are two address spaces: choose one")
+    if pid is not None:
+        return kvm.process(pid)
+    if not physical:
+        return kvm.raw_memory if raw else kvm.memory
+    if kvm.physical is None:
+        raise UnsupportedError("this is no dump of physical memory: leave --physical out")
+    return kvm.physical
 
 
 def _write_raw(reading: Reading) -> None:

@@ -13,7 +13,7 @@ from kvmtool.errors import UnknownFormatError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from kvmtool.memory import RunMemory
+    from kvmtool.memory import Memory
     from kvmtool.source import Source
 
 PROBE_SIZE = 65536
@@ -89,8 +89,12 @@ class Format(Protocol):
         """What memory there is, in file order."""
         ...
 
-    def virtual(self) -> RunMemory | None:
+    def virtual(self) -> Memory | None:
         """The kernel's address space, where the container holds it directly."""
+        ...
+
+    def physical(self) -> Memory | None:
+        """The machine's memory, where the container holds that."""
         ...
 
 
@@ -124,6 +128,21 @@ FORMATS = (
     ),
     FormatEntry("lime", "kvmtool.formats.lime", "Lime", (b"EMiL",)),
     FormatEntry("elf-core", "kvmtool.formats.elf_core", "ElfCore", (b"\x7fELF",)),
+    FormatEntry("kdump", "kvmtool.formats.kdump", "Kdump", (b"KDUMP   ",)),
+    FormatEntry("flattened", "kvmtool.formats.flattened", "Flattened", (b"makedumpfile\0",)),
+    FormatEntry(
+        "vmware",
+        "kvmtool.formats.vmware",
+        "Vmware",
+        (
+            *(b"\xd0\xbe\xd0\xbe", b"\xd0\xbe\xd2\xbe", b"\xd2\xbe\xd2\xbe"),
+            *(b"\xd3\xbe\xd3\xbe", b"\xd1\xba\xd1\xba", b"\xd2\xba\xd2\xba"),
+        ),
+    ),
+    FormatEntry("aff4", "kvmtool.formats.aff4", "Aff4", (b"PK\x03\x04",)),
+    FormatEntry(  # its signature stands inside the header, behind sizes
+        "sleepimage", "kvmtool.formats.sleepimage", "SleepImage", (b"",)
+    ),
     FormatEntry("raw", "kvmtool.formats.raw", "Raw", ()),  # only by name: it has no magic
 )
 

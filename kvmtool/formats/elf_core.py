@@ -2,6 +2,7 @@
 
 Only p_paddr tells where a PT_LOAD lies: QEMU's paging=true puts a (sign-extended) virtual address
 into p_vaddr and lets many PT_LOADs share bytes of the file; VirtualBox and OSXPmem leave it 0.
+Where no segment has a physical address (all ones, as in /proc/kcore) the memory is the kernel's.
 
 e_machine is the processor's mode or the emulator's build, not the kernel's machine: a 32-bit kernel
 of 10.5 on a 64-bit Mac runs on long-mode tables, and its core says EM_X86_64.
@@ -29,7 +30,9 @@ _IDENT = 16
 _CLASS, _DATA = 4, 5
 _ORDERS = {1: "<", 2: ">"}  # ELFDATA2LSB, ELFDATA2MSB
 _CORE, _LOAD, _NOTE = 4, 1, 4  # ET_CORE, PT_LOAD, PT_NOTE
-_EM_386, _EM_AARCH64 = 3, 183
+_EM_386, _EM_X86_64, _EM_AARCH64 = 3, 62, 183
+# of a core of kernel memory: there the writer knew what kernel it was
+_MACHINES = {_EM_386: macho.CPU_TYPE_I386, _EM_X86_64: macho.CPU_TYPE_X86_64}
 _PN_XNUM = 0xFFFF  # e_phnum when there are more: the number is in section 0's sh_info
 _ADDRESS_BITS = 52  # no processor has wider physical addresses
 _NOTES_LIMIT = 64 << 20  # bytes; of 4096 CPUs with all their vector registers
@@ -41,13 +44,14 @@ class _Layout(NamedTuple):
 
     header: str  # from e_type on
     segment: str
-    order: tuple[int, ...]  # of p_type, p_offset, p_paddr, p_filesz, p_memsz in a segment
+    order: tuple[int, ...]  # of p_type, p_offset, p_vaddr, p_paddr, p_filesz, p_memsz in a segment
     sh_info: tuple[int, int]  # of sh_info in a section header, and the header's size
+    unknown: int  # p_paddr of a segment that has no physical address
 
 
 _LAYOUTS = {
-    1: _Layout("HHIIIIIHHHHHH", "8I", (0, 1, 3, 4, 5), (28, 40)),
-    2: _Layout("HHIQQQIHHHHHH", "IIQQQQQQ", (0, 2, 4, 5, 6), (44, 64)),
+    1: _Layout("HHIIIIIHHHHHH", "8I", (0, 1, 2, 3, 4, 5), (28, 40), (1 << 32) - 1),
+    2: _Layout("HHIQQQIHHHHHH", "IIQQQQQQ", (0, 2, 3, 4, 5, 6), (44, 64), (1 << 64) - 1),
 }
 
 
@@ -117,12 +121,17 @@ class ElfCore:
                 f"{phnum:#x} program headers take {size:#x} bytes, the file has {source.size:#x}",
             )
         table = source.read_at(phoff, size)
-        kind, offset, paddr, filesz, memsz = layout.order
-        for index, fields in enumerate(segment.iter_unpack(table)):
-            if fields[kind] == _NOTE:
-                self._note_at.append((fields[offset], fields[filesz]))
-            elif fields[kind] == _LOAD:
-                self._load(index, fields[paddr], fields[memsz], fields[offset], fields[filesz])
+        kind, offset, vaddr, paddr, filesz, memsz = layout.order
+        self._note_at += [
+            (fields[offset], fields[filesz])
+            for fields in segment.iter_unpack(table)
+            if fields[kind] == _NOTE
+        ]
+        loads = [fields for fields in segment.iter_unpack(table) if fields[kind] == _LOAD]
+        self.is_virtual = bool(loads) and all(f[paddr] == layout.unknown for f in loads)
+        where = vaddr if self.is_virtual else paddr
+        for index, fields in enumerate(loads):
+            self._load(index, fields[where], fields[memsz], fields[offset], fields[filesz])
 
     def _extended_count(self, shoff: int, shentsize: int) -> int:
         at, size = self._layout.sh_info
@@ -137,11 +146,11 @@ class ElfCore:
         return count
 
     def _load(self, index: int, start: int, memsz: int, offset: int, filesz: int) -> None:
-        if (start + memsz) >> _ADDRESS_BITS:
+        if (start + memsz) >> (64 if self.is_virtual else _ADDRESS_BITS):
             raise FormatError(
                 self.source.name,
                 None,
-                f"program header {index}: p_paddr {start:#x} + {memsz:#x} is no physical address",
+                f"PT_LOAD {index}: {start:#x} + {memsz:#x} leaves the address space",
             )
         promised = min(memsz, filesz)
         held = min(promised, max(0, self.source.size - offset))
@@ -149,7 +158,7 @@ class ElfCore:
             self.lost.append((start + held, start + memsz))
         if held < promised:
             self.warnings.append(
-                f"program header {index} ({start:#x}) ends past the end of the file: "
+                f"PT_LOAD {index} ({start:#x}) ends past the end of the file: "
                 f"{promised - held:#x} bytes of memory are absent"
             )
         self._starts.append(start)
@@ -181,6 +190,8 @@ class ElfCore:
         cputype, said = UNSAID, {}
         if self.machine == _EM_AARCH64:
             cputype, said["cputype"] = macho.CPU_TYPE_ARM64, "e_machine EM_AARCH64"
+        elif self.is_virtual and self.machine in _MACHINES:
+            cputype, said["cputype"] = _MACHINES[self.machine], "e_machine"
         elif self.machine == _EM_386 and self._cpus.writer == "QEMU":
             # QEMU writes it for a CPU outside long mode, where no 64-bit kernel runs
             cputype, said["cputype"] = macho.CPU_TYPE_I386, "e_machine EM_386"
@@ -190,14 +201,22 @@ class ElfCore:
 
     def runs(self) -> Iterator[Run]:
         """See `Format.runs`."""
+        space = "virtual" if self.is_virtual else "physical"
         for start, end, offset in zip(self._starts, self._ends, self._offsets, strict=True):
-            yield Run("physical", start, end - start, offset)
+            yield Run(space, start, end - start, offset)
 
-    def virtual(self) -> None:
-        """See `Format.virtual`: a kernel's address space has to be found in here."""
+    def virtual(self) -> RunMemory | None:
+        """Kernel memory, of a core whose segments have no physical addresses (/proc/kcore's way).
 
-    def physical(self) -> RunMemory:
-        """The machine's memory: where segments overlap the first in the file wins."""
+        Where segments overlap the first in the file wins.
+        """
+        return self._memory("kernel") if self.is_virtual else None
+
+    def physical(self) -> RunMemory | None:
+        """The machine's memory, of every other: where segments overlap the first wins."""
+        return None if self.is_virtual else self._memory("physical")
+
+    def _memory(self, space: str) -> RunMemory:
         return RunMemory(
-            self.source, self._starts, self._ends, self._offsets, space="physical", lost=self.lost
+            self.source, self._starts, self._ends, self._offsets, space=space, lost=self.lost
         )

@@ -123,6 +123,11 @@ def text(reply: bytes) -> bytes | None:
     return None if exited_or_stopped else reply
 
 
+def late(reply: bytes) -> bytes | None:
+    """Any answer at all, for a question that is of no more interest."""
+    return None if text(reply) is None or output(reply) is not None else reply
+
+
 def okay(reply: bytes) -> bool | None:
     """Whether a request was carried out: OK, or an error, or not understood."""
     if reply == b"OK":

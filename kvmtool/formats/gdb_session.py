@@ -109,40 +109,50 @@ class GdbSession:
 
         Raises `KvmError` when the peer is gone, is silent, or talks nonsense.
         """
+        self._settle()
         self._in_flight, self._last = 1, packets.frame(request)
         self._send(self._last)
-        return self._answer(decode, monotonic() + self.timeout)
+        answer = self._answer(decode)
+        self._in_flight = 0
+        return answer
 
     def ask_all(
         self, requests: Sequence[bytes], decode: Callable[[bytes], Answer | None], window: int
     ) -> Iterator[Answer]:
-        """The answers in order, `window` requests under way at a time. Take them all or `close`.
+        """The answers in order, `window` requests under way at a time.
 
         Raises `KvmError` as `ask`.
         """
-        sent = 0
+        self._settle()
         for done in range(len(requests)):
-            upto = min(done + window, len(requests))
-            if sent < upto and sent - done <= window // 2:
-                frames = [packets.frame(request) for request in requests[sent:upto]]
+            sent = done + self._in_flight
+            if self._in_flight <= window // 2 and sent < len(requests):
+                frames = [packets.frame(request) for request in requests[sent : done + window]]
+                self._in_flight, self._last = self._in_flight + len(frames), frames[-1]
                 self._send(b"".join(frames))
-                self._last, sent = frames[-1], upto
-            self._in_flight = sent - done
-            yield self._answer(decode, monotonic() + self.timeout)
+            answer = self._answer(decode)
+            self._in_flight -= 1
+            yield answer
+
+    def _settle(self) -> None:
+        """Take the answers nobody waited for: an interrupt (^C) must not shift those to come."""
+        while self._in_flight:
+            self._answer(packets.late)
+            self._in_flight -= 1
 
     def command(self, request: bytes) -> None:
         """Send `request`, to which no answer comes until the target stops."""
-        self._in_flight, self._last = 1, packets.frame(request)
-        self._send(self._last)
+        self._settle()
+        self._send(packets.frame(request))
 
     def interrupt(self) -> None:
         """Stop a running target and wait for it. Raises `KvmError`."""
         self._send(b"\x03")
-        self._in_flight, self._last = 0, b""
-        self._answer(packets.stop, monotonic() + self.timeout)
+        self._answer(packets.stop)
 
-    def _answer(self, decode: Callable[[bytes], Answer | None], deadline: float) -> Answer:
-        while True:  # bounded by the deadline
+    def _answer(self, decode: Callable[[bytes], Answer | None]) -> Answer:
+        deadline = monotonic() + self.timeout
+        while True:
             payload = self._packet(deadline)
             answer = decode(payload)
             if answer is not None:

@@ -35,6 +35,9 @@ class LiveMemory:
         """Regions known of: none where the target does not tell."""
         return len(self._starts)
 
+    def __bool__(self) -> bool:
+        return True  # also where no region is known
+
     def _fetch(self, address: int, size: int) -> bytes:
         """The readable prefix of the range, in as few requests as can be.
 

@@ -116,6 +116,9 @@ class MachOCore:
         ends = array("Q", map(min, map(add, table.vmaddr, table.filesize), repeat(_LAST)))
         return RunMemory(self.source, table.vmaddr, ends, table.fileoff, lost=self.lost)
 
+    def physical(self) -> None:
+        """See `Format.physical`: a kernel core holds the kernel's address space alone."""
+
     # threads and notes
 
     def _facts(self) -> Facts:

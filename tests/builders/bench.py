@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from builders import xnu
+from builders import peel, xnu
 from builders.specs import ProcSpec
 from kvmtool.types import layouts
 
@@ -45,3 +45,14 @@ def write_procs(folder: str, count: int) -> tuple[str, str]:
         _write(folder, "procs.mach_kernel", built.kernel),
         _write(folder, "procs.core", built.core),
     )
+
+
+def write_cache(folder: str, size: int) -> tuple[str, str]:
+    """A kernel of `size` bytes, plain and as an IM4P with LZFSE; their paths."""
+    with open(write_symbols(folder, 100_000), "rb") as file:
+        kernel = file.read()
+    # text compresses about as machine code does: to a third
+    filler = b"".join(b"mov %d, [rax+%x]; " % (n * 7919 % 65521, n) for n in range(size // 18))
+    kernel += filler[: max(0, size - len(kernel))]
+    packed = peel.im4p(peel.lzfse(kernel), peel.compression(1, len(kernel)))
+    return _write(folder, "plain.mach_kernel", kernel), _write(folder, "kernelcache", packed)

@@ -239,7 +239,8 @@ def append_linkedit(data: bytearray, more: bytes) -> int:
     """Put `more` at the end of __LINKEDIT, which ends the file; gives its file offset."""
     seg = segment(data, "__LINKEDIT")
     at = up(seg.fileoff + seg.filesize, 8)
-    assert seg.fileoff + seg.filesize == len(data)
+    assert not any(data[seg.fileoff + seg.filesize :]), "more than padding after __LINKEDIT"
+    del data[seg.fileoff + seg.filesize :]
     data += bytes(at - len(data)) + more
     size = len(data) - seg.fileoff
     struct.pack_into("<Q", data, seg.at + 32, max(seg.vmsize, up(size, 0x4000)))

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 MH_FILESET = 12
 LC_SYMTAB, LC_DYSYMTAB, LC_UUID, LC_FILESET_ENTRY = 2, 0xB, 0x1B, 0x80000035
+_DYLD_INFO = (0x22, 0x80000022)  # commands with five pairs of offset and size
 _LINKEDIT_DATA = (0x1D, 0x1E, 0x26, 0x29, 0x2B, 0x80000033)  # commands with dataoff, datasize
 CODELESS = 0x7FFFFFFFFFFFFFFF  # kOSKextCodelessKextLoadAddr
 PAGE = 0x4000
@@ -178,7 +179,7 @@ def move(data: bytes, *, slide: int = 0, file: int = 0, pointers: Sequence[Place
             (dataoff,) = struct.unpack_from("<I", out, at + 8)
             struct.pack_into("<I", out, at + 8, dataoff + file)
         elif cmd == LC_DYSYMTAB:
-            struct.pack_into("<2I", out, at + 72, 0, 0)  # local relocations become fixups
+            struct.pack_into("<6I", out, at + 56, *(0,) * 6)  # relocations become fixups
     return bytes(out)
 
 
@@ -334,6 +335,8 @@ class _Collection:
                     struct.pack_into("<4Q", self.out, at + 24, *fields)
                 elif cmd in _LINKEDIT_DATA:
                     struct.pack_into("<2I", self.out, at + 8, start, 0)
+                elif cmd in _DYLD_INFO:
+                    struct.pack_into("<10I", self.out, at + 8, *(0,) * 10)
             symoff += len(symbols)
 
     def _header(self, payload: int, uuid: bytes) -> None:

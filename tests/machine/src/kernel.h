@@ -1,0 +1,38 @@
+/* The kernel's own: heap, lists, and what each file plants at start. */
+#pragma once
+#include "machine.h"
+#include "structs.h"
+
+#define KERNEL_STACK_SIZE 0x4000 /* start_*.s have it too */
+
+
+/* <sys/queue.h> and osfmk/kern/queue.h: links of structures, `link` bytes in */
+void list_insert_head(void **head, void *element, uptr link);
+void tailq_insert_tail(struct tailq_head *head, void *element, uptr link);
+void queue_init(struct queue_entry *head);
+void queue_enter(struct queue_entry *head, void *element, uptr link);
+
+/* heap.c */
+void *zalloc(uptr size);
+void fill_noise(void);
+uptr heap_used(void);
+
+/* Each plants its part of the kernel; all addresses are those in memory. */
+void plant_devices(void);
+void plant_statics(const struct boot_args *boot);
+void plant_mounts(void);
+void plant_processes(struct boot_args *boot);
+void plant_kext(const struct boot_args *boot);
+
+/* ... and says what it planted, in lines of JSON. */
+void tell_statics(void);
+void tell_mounts(void);
+void tell_processes(void);
+void tell_kext(void);
+
+extern struct cdevsw cdevsw[];
+extern struct kmod_info *kmod;
+extern struct pmap kernel_pmap_store;
+extern struct _vm_map *kernel_map;
+extern const char version[];
+extern char osversion[];
