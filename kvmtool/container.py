@@ -72,6 +72,8 @@ def _open_file(source: Source, format: str | None) -> Container:
     except UnknownFormatError as error:
         if format is not None or not source.size:
             raise
+        if (beside := _vmware_beside(source)) is not None:
+            return beside
         raw: Any = formats.load(formats.by_name("raw"))(source)
         return Container(raw, (source,), error)
     dump: Any = formats.load(entry)(source)
@@ -80,3 +82,14 @@ def _open_file(source: Source, format: str | None) -> Container:
     inner = _open_file(dump.open_member(dump.kernel_member()), None)
     inner.dump.container = dump
     return Container(inner.dump, (*inner.sources, source), inner.unknown)
+
+
+def _vmware_beside(memory: Source) -> Container | None:
+    """A .vmem with the state's file of the same name beside it, which says where its runs lie."""
+    from kvmtool.formats.vmware import Vmware, state_beside
+
+    path = state_beside(memory.name)
+    if path is None:
+        return None
+    state = open_source(path)
+    return Container(Vmware(state, memory), (state, memory))

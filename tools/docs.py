@@ -35,11 +35,28 @@ def cli_page() -> str:
     for name in group.list_commands(context):
         command = group.get_command(context, name)
         assert command is not None
-        inner = click.Context(
-            command, info_name=name, parent=context, max_content_width=88, terminal_width=88
-        )
-        parts.append(f"## {name}\n\n```text\n{command.get_help(inner)}\n```\n")
+        parts += _help_of(command, name, context, 2)
     return "\n".join(parts)
+
+
+def _help_of(command: click.Command, name: str, parent: click.Context, level: int) -> list[str]:
+    """A command's help under a heading, and that of the commands it groups."""
+    context = click.Context(
+        command,
+        info_name=name,
+        parent=parent,
+        max_content_width=88,
+        terminal_width=88,
+        help_option_names=["-h", "--help"],
+    )
+    title = context.command_path.removeprefix("kvmtool ")
+    parts = [f"{'#' * level} {title}\n\n```text\n{command.get_help(context)}\n```\n"]
+    if isinstance(command, click.Group):
+        for inner in command.list_commands(context):
+            below = command.get_command(context, inner)
+            assert below is not None
+            parts += _help_of(below, inner, context, level + 1)
+    return parts
 
 
 def errors_page() -> str:
@@ -53,7 +70,9 @@ def errors_page() -> str:
 
 def fields_page() -> str:
     """The columns of each command that lists."""
+    from kvmtool.cli.images import KERNEL_COLUMNS, KEXT_COLUMNS
     from kvmtool.cli.procs import COLUMNS
+    from kvmtool.cli.space import REGION_COLUMNS
 
     parts = [
         NOTE,
@@ -61,11 +80,17 @@ def fields_page() -> str:
         "Names are those of `-o` and of JSON. Addresses are strings `0x…` in every format; a",
         'field that could not be read is `{"unreadable": "why"}`; null says that there is none.',
         "",
-        "## procs\n",
-        "| name | heading | kind |\n|---|---|---|",
-        *(f"| `{c.name}` | {c.heading} | {c.kind} |" for c in COLUMNS),
-        "",
     ]
+    tables = {
+        "procs": COLUMNS,
+        "kexts": KEXT_COLUMNS,
+        "kernels": KERNEL_COLUMNS,
+        "regions": REGION_COLUMNS,
+    }
+    for name, columns in tables.items():
+        parts += [f"## {name}\n", "| name | heading | kind |\n|---|---|---|"]
+        parts += [f"| `{c.name}` | {c.heading} | {c.kind} |" for c in columns]
+        parts.append("")
     return "\n".join(parts)
 
 

@@ -1,8 +1,7 @@
 """AFF4 volumes, as pmem writes them: recognised, and refused with what to do instead.
 
-The one library for them, pyaff4 0.34, pins rdflib 4.2.2, PyYAML 5.4 and other packages of 2019 that
-do not build on a Python we support; the standard leaves too much open (maps of maps, chunked
-streams, hashes, encryption) for a reader that was never held against the library's own output.
+The library for them, pyaff4 0.34, pins rdflib 4.2.2 and PyYAML 5.4 and did not install on Python
+3.11; a reader of our own was never held against its output, so there is none.
 """
 
 from __future__ import annotations
@@ -34,5 +33,5 @@ class Aff4:
         """Raises `UnsupportedError`, always."""
         raise UnsupportedError(
             f"{source.name}: is an AFF4 volume, which kvmtool cannot read: export the memory in it "
-            "as raw or ELF with the tool that wrote it (osxpmem --export)"
+            "as raw or ELF with the tool that wrote it"
         )

@@ -4,7 +4,7 @@ Records say where in the real file their bytes belong, and may come in any order
 overwrites what an earlier one wrote (the header, written again at the end). Nothing is rearranged
 on disk: an index of the records presents the real file.
 
-Source: makedumpfile.h of makedumpfile 1.7 (makedumpfile_header, makedumpfile_data_header).
+Source: makedumpfile.h of makedumpfile (makedumpfile_header, makedumpfile_data_header).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A header, two bitmaps of page frames, and the pages of the second one, each compressed for itself.
 Pages that were left out (free ones, or those of another piece of a split dump) are absent.
 
-Source: diskdump_mod.h of makedumpfile 1.7, include/sysemu/dump.h and dump/dump.c of QEMU 7.2.
+Source: diskdump_mod.h of makedumpfile, include/sysemu/dump.h and dump/dump.c of QEMU.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The pages of a kdump: compressed one by one, found through a table of descriptors.
 
-Source: diskdump_mod.h of makedumpfile 1.7 (page_desc_t, DUMP_DH_COMPRESSED_*), and
+Source: diskdump_mod.h of makedumpfile (page_desc_t, DUMP_DH_COMPRESSED_*), and
 include/sysemu/dump.h of QEMU 7.2.
 """
 

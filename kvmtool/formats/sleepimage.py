@@ -1,9 +1,8 @@
 """Hibernation images (/var/vm/sleepimage): recognised, their header read, and refused.
 
-All but the header is encrypted on a system as it is delivered. In an image that is not, pages are
-compressed by WKdm, which changed between releases; no real image was there to hold a decoder
-against, and wrong memory is worse than none. What the header says is in the error: the slide is
-worth having on its own.
+What follows the header is usually encrypted; where it is not, pages are compressed by WKdm. No real
+image was there to hold a decoder against, and wrong memory is worse than none. What the header says
+is in the error: the slide is worth having on its own.
 
 Source: iokit/IOKit/IOHibernatePrivate.h of xnu 792 to 11417.
 """

@@ -4,7 +4,7 @@ The state is groups of tagged values. Memory is one of them, or a file of the sa
 .vmem; where it has regions it is no image from address 0 on: what lies above the hole for devices
 follows directly what lies below. VMware writes bigger values as blocks, aligned by a padding.
 
-Source: vmware_vmss.h and vmware_vmss.c of crash 7.2 (contributed by VMware), Volatility 2's
+Source: vmware_vmss.h and vmware_vmss.c of crash (contributed by VMware), Volatility 2's
 addrspaces/vmware.py for checkpoints with 32-bit sizes.
 """
 
