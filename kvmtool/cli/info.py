@@ -143,16 +143,30 @@ def slide_facts(kvm: Kvm) -> dict[str, Any] | None:
     boot = kvm.boot
     if boot is None:
         return None
-    way = kvm.way
+    mode, root, missing = _page_tables(kvm)
     return {
-        "page_tables": None if way is None else way.mode,
-        "root": None if way is None else Address(way.root),
+        "page_tables": mode,
+        "root": _address(root),
         "slide": _address(boot.slide),
         "kernel_address": Address(boot.kernel_address),
         "how": boot.how,
         "version": boot.version,
-        "rejected": list(boot.rejected),
+        "rejected": [*boot.rejected, *missing],
     }
+
+
+def _page_tables(kvm: Kvm) -> tuple[str | None, int | None, list[str]]:
+    """The paging mode and root of the kernel, or why a dump of its memory does not lead to them."""
+    if kvm.way is not None:
+        return kvm.way.mode, kvm.way.root, []
+    from kvmtool.errors import NotFoundError
+    from kvmtool.physmap import kernel_walker
+
+    try:
+        tables = kernel_walker(kvm.arch, kvm.memory, kvm.symbols)
+    except NotFoundError as error:
+        return None, None, [str(error)]
+    return (None, None, []) if tables is None else (tables.mode, tables.root, [])
 
 
 def layout_facts(kvm: Kvm) -> list[dict[str, Any]]:

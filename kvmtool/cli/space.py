@@ -25,6 +25,7 @@ from kvmtool.memory import Piece
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from kvmtool.arch.walker import Walker
     from kvmtool.kvm import Kvm
     from kvmtool.memory import Memory
     from kvmtool.paging import PagedMemory
@@ -87,6 +88,21 @@ def regions(physical: bool, columns: tuple[str, ...], format: str, where: Where)
     render(_regions(opened(where), physical), chosen, format)
 
 
+def _tables(kvm: Kvm) -> Walker:
+    """The kernel's page table: the one its memory is read through, or the one found inside it."""
+    if kvm.way is not None:
+        paged: PagedMemory = kvm.memory  # type: ignore[assignment]
+        return paged.walker
+    if kvm.dump is None:
+        raise UnsupportedError("page tables are in dumps: a kernel's file alone has none")
+    from kvmtool.physmap import kernel_walker
+
+    tables = kernel_walker(kvm.arch, kvm.memory, kvm.symbols)
+    if tables is None:
+        raise UnsupportedError(f"page tables of {kvm.arch.name} are not known here")
+    return tables
+
+
 @click.command()
 @click.argument("address", type=ADDRESS)
 @format_option
@@ -94,16 +110,16 @@ def regions(physical: bool, columns: tuple[str, ...], format: str, where: Where)
 def vtop(address: AddressExpr, format: str, where: Where) -> None:
     """Show how ADDRESS is translated to a physical one: every step of the page table walk.
 
+    Of a core that holds only the kernel's memory, as far as the page tables' own pages are in it.
+
     \b
     Example:
       kvmtool vtop _version -N mach_kernel -M memory.lime
     """
     kvm = opened(where)
     start = address.resolve(kvm.address)
-    if kvm.way is None:
-        raise UnsupportedError("page tables are in dumps of physical memory: this is none")
-    memory: PagedMemory = kvm.memory  # type: ignore[assignment]
-    walk = memory.walker.walk(start)
+    tables = _tables(kvm)
+    walk = tables.walk(start)
     steps = [
         {
             "level": step.level,
@@ -119,8 +135,8 @@ def vtop(address: AddressExpr, format: str, where: Where) -> None:
         "physical": None if walk.physical is None else Address(walk.physical),
         "reason": walk.reason or None,
         "page_size": Address(walk.size),
-        "mode": kvm.way.mode,
-        "root": Address(kvm.way.root),
+        "mode": tables.mode,
+        "root": Address(tables.root),
         "steps": steps,
     }
     if format == "table":

@@ -14,9 +14,22 @@ from kvmtool.nlist import N_EXT, N_STAB, N_TYPE, N_UNDF, Nlist, type_letter
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from kvmtool.cli.render import Column
     from kvmtool.kvm import Kvm
 
 _KEXT_BUNDLE = 0xB
+
+
+def _columns() -> tuple[Column, ...]:
+    from kvmtool.cli.render import Column  # costs start-up, and the plain output needs none
+
+    return (
+        Column("address", "ADDRESS", "address"),
+        Column("type", "TYPE"),
+        Column("name", "NAME"),
+        Column("n_value", "N_VALUE", "address"),
+        *(Column(n, n.upper(), "number") for n in ("n_type", "n_sect", "n_desc")),
+    )
 
 
 class Letters:
@@ -77,16 +90,9 @@ def nlist(names: tuple[str, ...], raw_value: bool, format: str, where: Where) ->
         for row in rows:
             click.echo(f"{row['address']:#x} {row['type']} {row['name']}")
     else:
-        from kvmtool.cli.render import Column, render
+        from kvmtool.cli.render import render
 
-        columns = [
-            Column("name", "NAME"),
-            Column("address", "ADDRESS", "address"),
-            Column("type", "TYPE"),
-            Column("n_value", "N_VALUE", "address"),
-            *(Column(n, n.upper(), "number") for n in ("n_type", "n_sect", "n_desc")),
-        ]
-        render(rows, columns, format)
+        render(rows, _columns(), format)
     if len(rows) < len(names):
         click.get_current_context().exit(PARTIAL if rows else ERROR)
 
@@ -156,7 +162,7 @@ def _matching(entries: list[Nlist], pattern: str) -> list[Nlist]:
 
 
 def _print(kvm: Kvm, entries: list[Nlist], format: str) -> None:
-    from kvmtool.cli.render import Column, render, visible
+    from kvmtool.cli.render import render, visible
 
     if format == "names":
         _echo(visible(entry.name) for entry in entries)
@@ -168,7 +174,7 @@ def _print(kvm: Kvm, entries: list[Nlist], format: str) -> None:
         lines = []
         for entry in entries:
             kind = letter(entry.n_type, entry.n_sect, entry.n_value)
-            value = " " * digits if kind == "U" else format_address(address(entry), width)
+            value = " " * digits if kind == "U" else f"{address(entry):{width}}"
             name = visible(entry.name)
             if format == "posix":
                 lines.append(f"{name} {kind} {address(entry):x} 0")
@@ -176,13 +182,6 @@ def _print(kvm: Kvm, entries: list[Nlist], format: str) -> None:
                 lines.append(f"{value} {kind} {name}")
         _echo(lines)
         return
-    columns = [
-        Column("address", "ADDRESS", "address"),
-        Column("type", "TYPE"),
-        Column("name", "NAME"),
-        Column("n_value", "N_VALUE", "address"),
-        *(Column(n, n.upper(), "number") for n in ("n_type", "n_sect", "n_desc")),
-    ]
     rows = (
         {
             "address": address(entry),
@@ -191,12 +190,7 @@ def _print(kvm: Kvm, entries: list[Nlist], format: str) -> None:
         }
         for entry in entries
     )
-    render(rows, columns, format)
-
-
-def format_address(address: int, width: str) -> str:
-    """An address in nm's form: hexadecimal digits alone."""
-    return f"{address:{width}}"
+    render(rows, _columns(), format)
 
 
 def _echo(lines: Any) -> None:
