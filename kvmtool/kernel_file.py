@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvmtool import macho
-from kvmtool.errors import FormatError
+from kvmtool.errors import FormatError, KvmWarning
 from kvmtool.macho import MachO
 from kvmtool.source import FileSource
 
@@ -42,6 +43,9 @@ def open_kernel(path: str, arch: str | None = None) -> KernelFile:
 
         source, layers = peel(source, arch)
     image = MachO(source)
+    if image.command_runs and image.warnings:
+        for text in image.warnings:
+            warnings.warn(f"{path}: {text}", KvmWarning, stacklevel=3)
     if image.filetype == macho.MH_CORE:
         raise FormatError(path, 12, "this is a core, expected a kernel: name it with -M instead")
     return KernelFile(image, layers)
