@@ -68,7 +68,7 @@ LAYERS = (
         (
             *("symbols", "kext_file", "kexts", "boot", "kernel_file"),
             *("way_in", "way_judge", "way_memo", "way_places", "way_roots", "way_scan"),
-            *("kernel_index", "kernel_search"),
+            *("kernel_index", "kernel_search", "physmap"),
         ),
     ),
     ("types", ("types",)),
