@@ -1,0 +1,425 @@
+"""Measure reads of memory against peers in the same run, and print the ratios.
+
+Reads that only compute are measured in CPU time (user + system); the scan, the mount and the gdb
+line in wall time, for there others do part of the work. Medians of 5, contestants in turn, files in
+the page cache. What cannot run here is said to be not measured, and fails nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import math
+import mmap
+import multiprocessing
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+import zlib
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from peers import PEERS, ROOT  # and tests/ to sys.path
+
+import kvmtool
+from kvmtool.formats.raw import Raw
+from kvmtool.macho import MachO
+from kvmtool.paging import PagedMemory
+from kvmtool.source import BytesSource, FileSource
+from kvmtool.way_in import find_way
+from kvmtool.way_roots import walker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from kvmtool.handle import Kvm
+
+MIB = 1 << 20
+ROUNDS = 5
+MEAN_RUN = 16  # pages
+READ_SIZE = 512 * MIB
+SCAN_SIZE = 1 << 30
+LIVE_READS = 4000
+LIVE_WINDOW = 1 << 16  # bytes from the kernel's header on that live reads go to
+STATIC = 0xFFFFFF8000000000  # the virtual minus the physical address of a static kernel
+LINK = STATIC + 0x200000
+DATA = 0xFFFFFF8400000000  # where the pages to be read are mapped
+DRGN = "drgn==0.3.0"
+MACHINE = os.path.join(ROOT, "build", "machine", "x86_64")
+
+
+class Run(NamedTuple):
+    """`size` bytes at DATA + `offset` that lie at `physical`."""
+
+    offset: int
+    physical: int
+    size: int
+
+
+class Image(NamedTuple):
+    """A raw image of physical memory with a kernel in it, and its kernel's file."""
+
+    path: str
+    kernel: str
+    root: int
+    at: int  # the kernel's header in physical memory
+    runs: list[Run]
+
+
+def fragments(size: int) -> list[Run]:
+    """[0, size) shuffled in pieces of a geometric distribution, MEAN_RUN pages on average."""
+    rand = random.Random(4)
+    pieces, page = [], 0
+    while page < size >> 12:
+        count = 1 + int(math.log(1 - rand.random()) / math.log(1 - 1 / MEAN_RUN))
+        count = min(count, (size >> 12) - page)
+        pieces.append((page << 12, count << 12))
+        page += count
+    rand.shuffle(pieces)
+    runs, offset = [], 0
+    for physical, length in pieces:
+        runs.append(Run(offset, physical, length))
+        offset += length
+    return runs
+
+
+def write_image(folder: str, name: str, size: int, data: int, skew: int = 0x23000) -> Image:
+    """`data` random bytes, mapped in fragments; 4 MiB before the end a kernel; else holes.
+
+    It begins `skew` bytes behind a 2 MiB boundary: on one, it is found without a scan.
+    """
+    from builders import tiny_kernel
+    from builders.pagetable import Tables
+
+    path = os.path.join(folder, name)
+    at = size - 4 * MIB + skew
+    with open(path, "wb+") as file:
+        for _ in range(0, data, 16 * MIB):
+            file.write(os.urandom(16 * MIB))
+        file.truncate(size)
+        memory: Any = mmap.mmap(file.fileno(), size)
+        tables = Tables("4-level", 0, memory)
+        slide = at + STATIC - LINK
+        pointers = {"_IdlePML4": tables.root + STATIC}
+        kernel = tiny_kernel.build("x86_64", LINK, slide, variables=pointers)
+        memory[at : at + len(kernel.image)] = kernel.image
+        for offset in range(0, tiny_kernel.END, 4096):
+            tables.map(kernel.address + offset, at + offset)
+        runs = fragments(data)
+        for run in runs:
+            for inside in range(0, run.size, 4096):
+                tables.map(DATA + run.offset + inside, run.physical + inside)
+        memory.close()
+    with open(path + ".mach_kernel", "wb") as out:
+        out.write(kernel.file)
+    return Image(path, path + ".mach_kernel", tables.root, at, runs)
+
+
+def row(what: str, figure: str, value: float, target: float, unit: str) -> bool:
+    met = value >= target
+    verdict = "met" if met else "MISSED"
+    print(f"{what:<34} {figure:>14}  {value:8.3g} {unit:<22} target {target:.4g}: {verdict}")
+    return met
+
+
+def skipped(what: str, why: str) -> bool:
+    print(f"{what:<34} not measured: {why}")
+    return True
+
+
+# virtual reads
+
+
+# drgn knows the runs beforehand and walks no table: a segment is a run, over the same mapping. Its
+# callback slices the mapping, as one writes it, which copies; and a view of it, which does not.
+DRGN_SIDE = """
+import json, mmap, sys, time, zlib
+from drgn import Architecture, Platform, Program
+path, base, size, chunk, runs = json.loads(sys.stdin.readline())
+with open(path, "rb") as file:
+    mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+def program(memory):
+    prog = Program(Platform(Architecture.X86_64))
+    for offset, physical, length in runs:
+        def get(address, count, inside, is_physical, at=physical):
+            return memory[at + inside : at + inside + count]
+        prog.add_memory_segment(base + offset, length, get)
+    return prog
+programs = {"slice": program(mapping), "view": program(memoryview(mapping))}
+for prog in programs.values():
+    check = 0
+    for at in range(0, size, chunk):
+        check = zlib.crc32(prog.read(base + at, chunk), check)
+print(check, flush=True)
+for line in sys.stdin:
+    prog = programs[line.strip()]
+    begin = time.process_time()
+    for at in range(0, size, chunk):
+        prog.read(base + at, chunk)
+    print(time.process_time() - begin, flush=True)
+"""
+
+
+class Drgn:
+    """drgn in its own process and virtualenv; `seconds` is the CPU time of one pass."""
+
+    def __init__(self, image: Image, size: int, chunk: int) -> None:
+        """Raises `subprocess.CalledProcessError` when drgn cannot be installed."""
+        python = os.path.join(PEERS, "bin", "python")
+        if not os.path.exists(python):
+            venv.create(PEERS, with_pip=True)
+        if subprocess.run(
+            [python, "-c", "import drgn"], capture_output=True, check=False
+        ).returncode:
+            pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+            subprocess.run([*pip, DRGN], check=True)
+        self._process = subprocess.Popen(
+            [python, "-c", DRGN_SIDE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.check = int(self._ask(json.dumps([image.path, DATA, size, chunk, image.runs])))
+
+    def _ask(self, line: str) -> str:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+        return self._process.stdout.readline()
+
+    def seconds(self, callback: str) -> float:
+        return float(self._ask(callback))
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+def cpu(read: Callable[[int], object], size: int, chunk: int) -> float:
+    """CPU seconds of one pass over [0, size)."""
+    begin = time.process_time()
+    for at in range(0, size, chunk):
+        read(at)
+    return time.process_time() - begin
+
+
+def bench_reads(image: Image) -> list[bool]:
+    """Reads through page tables against a copy out of the mapping, and against drgn."""
+    size, chunk = READ_SIZE, MIB
+    source = FileSource(image.path)
+    physical = Raw(source).physical()
+    tables = walker(physical, "4-level", image.root)
+    memory = PagedMemory(physical, tables)
+    check = 0
+    for at in range(0, size, chunk):
+        check = zlib.crc32(memory.read(DATA + at, chunk), check)
+    try:
+        drgn = Drgn(image, size, chunk)
+    except (subprocess.CalledProcessError, OSError) as error:
+        drgn, why = None, f"drgn cannot be installed ({error})"
+    if drgn is not None and drgn.check != check:
+        raise SystemExit("drgn reads other bytes: the comparison means nothing")
+    times: dict[str, list[float]] = {
+        name: [] for name in ("copy", "ours", "first", "slice", "view")
+    }
+    for _ in range(ROUNDS):
+        times["copy"].append(cpu(lambda at: source.read_at(at, chunk), size, chunk))
+        times["ours"].append(cpu(lambda at: memory.read(DATA + at, chunk), size, chunk))
+        fresh = PagedMemory(physical, tables)
+        times["first"].append(cpu(lambda at, m=fresh: m.read(DATA + at, chunk), size, chunk))
+        if drgn is not None:
+            for callback in ("slice", "view"):
+                times[callback].append(drgn.seconds(callback))
+    source.close()
+    rate = {name: size / statistics.median(each) / 1e9 for name, each in times.items() if each}
+    ours, copy = rate["ours"], rate["copy"]
+    what, figure = "virtual reads, 4 KiB pages", f"{ours:.1f} GB/s CPU"
+    met = [row(what, figure, ours / copy, 0.4, f"x a copy ({copy:.1f})")]
+    first, share = f"{rate['first']:.1f} GB/s CPU", rate["first"] / copy
+    print(f"{'  with nothing known of the tables':<34} {first:>14}  {share:8.3g} x a copy")
+    if drgn is None:
+        return [*met, skipped(what + ", drgn", why)]
+    drgn.close()
+    # one copy is the least either does: what the copy itself is to drgn's best is the ceiling
+    best = (
+        f"{ours / rate['view']:.3g} x drgn ({rate['view']:.1f}), a copy {copy / rate['view']:.3g} x"
+    )
+    print(f"{'  against a callback without a copy':<34} {'':>14}  {best}")
+    theirs = f"x drgn ({rate['slice']:.1f})"
+    return [*met, row(what, figure, ours / rate["slice"], 1.3, theirs)]
+
+
+# the scan for the way in
+
+
+def bench_scan(image: Image) -> bool:
+    """The whole search for the way in; what it passes over is counted up to the kernel."""
+    source = FileSource(image.path)
+    raw = Raw(source)
+    with open(image.kernel, "rb") as file:
+        kernel = MachO(BytesSource(file.read(), image.kernel))
+    seconds = []
+    for _ in range(ROUNDS + 1):  # the first brings the file into the page cache
+        begin = time.perf_counter()
+        way = find_way(raw.physical(), kernel, raw.facts, image.path, remember=False)
+        seconds.append(time.perf_counter() - begin)
+        if way.root != image.root or "kernel header at physical" not in way.how:
+            raise SystemExit(f"the scan found another way in: {way}")
+    source.close()
+    rate = image.at / statistics.median(seconds[1:]) / 1e9
+    size = f"{image.at / 1e9:.2f} GB, wall"
+    return row("scan for the way in", size, rate, 1, "GB/s")
+
+
+# the mounted kmem
+
+
+def fuse_is_missing() -> str:
+    """What stands against a mount; empty if nothing."""
+    if importlib.util.find_spec("mfusepy") is None:
+        return "mfusepy is not installed (pip install mfusepy)"
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        return "there is no /dev/fuse, or no right to open it"
+    return "" if shutil.which("fusermount3") else "there is no fusermount3 (apt-get install fuse3)"
+
+
+def dd(path: str, offset: int, size: int) -> float:
+    """Wall seconds in which dd reads a range in blocks of 1 MiB."""
+    begin = time.perf_counter()
+    where = ["iflag=skip_bytes,count_bytes", f"skip={offset}", f"count={size}"]
+    command = ["dd", f"if={path}", "of=/dev/null", "bs=1M", "status=none", *where]
+    subprocess.run(command, check=True)
+    return time.perf_counter() - begin
+
+
+@contextlib.contextmanager
+def mounted(image: Image, directory: str) -> Iterator[str]:
+    """The path of kmem; the server has ended afterwards."""
+    os.mkdir(directory)
+    command = [sys.executable, "-m", "kvmtool", "mount", directory, "--foreground"]
+    command += ["-N", image.kernel, "-M", image.path, "--core-format", "raw"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
+        path = os.path.join(directory, "kmem")
+        try:
+            while not os.path.exists(path):
+                if server.poll() is not None:
+                    raise SystemExit(f"kvmtool mount ended with status {server.returncode}")
+                time.sleep(0.05)
+            yield path
+        finally:
+            server.terminate()
+
+
+def bench_mount(image: Image, folder: str) -> bool:
+    """kmem of a running `kvmtool mount` against the dump's own file, both by dd."""
+    what = "mounted kmem, dd bs=1M"
+    why = fuse_is_missing()
+    if why:
+        return skipped(what, why)
+    offset = DATA & (1 << 63) - 1
+    ours, plain = [], []
+    with mounted(image, os.path.join(folder, "mount")) as kmem:
+        for _ in range(ROUNDS + 1):
+            plain.append(dd(image.path, 0, READ_SIZE))
+            ours.append(dd(kmem, offset, READ_SIZE))
+    mine, theirs = (READ_SIZE / statistics.median(each[1:]) / 1e9 for each in (ours, plain))
+    figure = f"{mine:.2f} GB/s wall"
+    return row(what, figure, mine / theirs, 0.1, f"x a plain file ({theirs:.1f})")
+
+
+# a live machine
+
+
+def serve(image: Image, address: int, wire: Any) -> None:
+    """A stub of our own over an image, until the other side hangs up."""
+    from builders import gdbserver, tiny_kernel
+
+    with open(image.path, "rb") as file:
+        memory = file.read()
+    kernel = memory[image.at : image.at + tiny_kernel.END]
+    control = gdbserver.registers(cr0=1 << 31 | 1, cr3=image.root, cr4=1 << 5, efer=0x500)
+    parts = {"memory": ((address, kernel),), "physical": ((0, memory),), "registers": control}
+    with gdbserver.Stub(no_ack_offered=True, **parts) as stub:
+        wire.send(stub.url)
+        with contextlib.suppress(EOFError):
+            wire.recv()
+
+
+@contextlib.contextmanager
+def own_stub(folder: str) -> Iterator[tuple[str, str]]:
+    """(kernel's file, address) of a stub in another process."""
+    image = write_image(folder, "live", 16 * MIB, 0, 0)
+    ours, theirs = multiprocessing.Pipe()
+    arguments = (image, image.at + STATIC, theirs)
+    server = multiprocessing.get_context("spawn").Process(target=serve, args=arguments)
+    server.start()
+    theirs.close()
+    try:
+        yield image.kernel, ours.recv()
+    finally:
+        ours.close()
+        server.join()
+
+
+@contextlib.contextmanager
+def qemu(folder: str) -> Iterator[tuple[str, str]]:
+    """(kernel's file, address) of QEMU's stub, with the kernel that `make machine` built."""
+    from tests.machine.build import Images
+    from tests.machine.vm import Vm
+
+    kernel, kext = (os.path.join(MACHINE, n) for n in ("mach_kernel", "org.kvmtool.machine.mmread"))
+    with Vm("x86_64", Images(kernel, kext), folder) as vm:
+        vm.boot()
+        yield kernel, f"gdb://127.0.0.1:{vm.port}"
+
+
+def reads_a_second(read: Callable[[int, int], bytes], start: int) -> float:
+    """Wall: reads of 8 to 64 bytes anywhere in the kernel, one after the other."""
+    rand = random.Random(8)
+    places = [(start + rand.randrange(LIVE_WINDOW), rand.randint(8, 64)) for _ in range(LIVE_READS)]
+    rates = []
+    for _ in range(ROUNDS):
+        begin = time.perf_counter()
+        for address, size in places:
+            read(address, size)
+        rates.append(LIVE_READS / (time.perf_counter() - begin))
+    return statistics.median(rates)
+
+
+def bench_live(folder: str) -> bool:
+    """Virtual reads by the stub, and reads translated here: those ask for every table as well."""
+    built = os.path.exists(os.path.join(MACHINE, "org.kvmtool.machine.mmread"))
+    real = built and shutil.which("qemu-system-x86_64") is not None
+    whose = "QEMU" if real else "own stub (no QEMU or no `make machine`)"
+    with (qemu if real else own_stub)(folder) as (kernel, url):
+        kvm: Kvm = kvmtool.open(kernel, url)
+        with kvm:
+            assert kvm.boot is not None
+            assert kvm.dump is not None
+            start = kvm.boot.kernel_address
+            virtual = kvm.dump.virtual()
+            assert virtual is not None
+            if virtual.read(start, 4096) != kvm.memory.read(start, 4096):
+                raise SystemExit("the stub and the page tables lead to different bytes")
+            direct = reads_a_second(virtual.read, start)
+            walked = reads_a_second(kvm.memory.read, start)
+    met = row("live gdb reads, 8 to 64 bytes", "wall", direct, 5000, f"a second, {whose}")
+    print(f"{'  through page tables':<34} {'wall':>14}  {walked:8.3g} a second")
+    return met
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        image = write_image(folder, "fragments", READ_SIZE + 8 * MIB, READ_SIZE)
+        met = bench_reads(image)
+        met.append(bench_scan(write_image(folder, "sparse", SCAN_SIZE, 0)))
+        met.append(bench_mount(image, folder))
+        met.append(bench_live(folder))
+    return 0 if all(met) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
