@@ -350,7 +350,7 @@ class Kvm:
         target = self.verified_target()
         proc = space.find_process(procs(target), pid)
         root, known = space.table_root(target, proc), space.user_stack(target, proc)
-        budget = 0 if self.dump is not None and self.dump.live else None
+        budget = getattr(self.memory, "budget", None)
         return process_memory(self.physical, self.way, root, known, f"process {pid}", budget)
 
     def getprocs(self, op: int = 0, arg: int = 0, report: Report | None = None) -> list[KinfoProc]:

@@ -200,7 +200,7 @@ def _open_physical(
     if image is not None and image.cputype != way.cputype and not wanted.force:
         raise _other_machine(kernel or "", image, core, macho.arch_name(way.cputype, 0))
     machine = arch_for(way.cputype, facts.cpusubtype)
-    memory = kernel_memory(physical, way, 0 if dump.live else BUDGET)
+    memory = kernel_memory(physical, way, 0 if _runs(dump) else BUDGET)
     boot = Boot(way.kernel_address, way.slide, way.how, way.uuid, way.version, way.rejected)
     if file is None or image is None:
         parts = _kernel_inside(memory, boot, core)
@@ -210,6 +210,11 @@ def _open_physical(
     kvm = Kvm(dump, machine, lambda: memory, lambda: parts, sources)
     kvm.physical, kvm.way = physical, way
     return kvm
+
+
+def _runs(dump: Format) -> bool:
+    """Whether the machine goes on while we look: its page tables must not be kept then."""
+    return dump.live and not getattr(dump, "halted", False)
 
 
 def _address_at(image: MachO | None, slide: int | None) -> int | None:

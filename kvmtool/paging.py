@@ -59,7 +59,7 @@ class PagedMemory:
         self._view = getattr(physical, "view", physical.read)
         self._shift = walker.window_bits
         self._windows: dict[int, Window] = {}
-        self._budget = self._left = budget
+        self.budget = self._left = budget
 
     def __repr__(self) -> str:
         return f"<PagedMemory {self.space} {self.walker!r}>"
@@ -182,7 +182,7 @@ class PagedMemory:
 
     def _pieces(self, address: int, end: int) -> Iterator[tuple[int, int | None, str]]:
         """The range as (end, delta, reason), in address order."""
-        return self._known(address, end) if self._budget else self._anew(address, end)
+        return self._known(address, end) if self.budget else self._anew(address, end)
 
     def _known(self, address: int, end: int) -> Iterator[tuple[int, int | None, str]]:
         while address < end:

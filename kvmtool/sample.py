@@ -1,7 +1,8 @@
-"""The embedded sample: a made-up crash to try every command on, unpacked by `kvmtool demo`.
+"""The embedded samples to try every command on, unpacked by `kvmtool demo`.
 
-It is the machine of Amit Singh's article "Accessing Kernel Memory on the x86 Version of Mac OS X"
-(2006), made by tools/build_sample.py from the layouts of 10.4.
+The first is the machine of Amit Singh's article "Accessing Kernel Memory on the x86 Version of Mac
+OS X" (2006), made by tools/build_sample.py from the layouts of 10.4; the second is physical memory
+of a kernel of our own that ran under QEMU (tools/pack_machine_sample.py).
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import os
 
 from kvmtool.errors import FormatError
 
-RESOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "sample.zip")
+_DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data")
+RESOURCE = os.path.join(_DATA, "sample.zip")
+RESOURCES = {"article": RESOURCE, "machine": os.path.join(_DATA, "machine.zip")}
 
 README = """\
 A made-up crash of an Intel Mac with Mac OS X 10.4
@@ -49,16 +52,38 @@ What to type in this folder:
       everything known about both files
 """
 
+MACHINE_README = """\
+Physical memory of a machine that really ran
 
-def write(directory: str) -> list[str]:
-    """Unpack the sample into `directory`, made if need be; gives the paths of its files.
+A small kernel of the project's own (tests/machine in its source) booted under QEMU, slid by a
+random amount, with the structures of 10.9 and a kext whose read routine sits in cdevsw[11]. This is
+its memory as LiME, the pages it mapped only. No byte here is Apple's.
+
+  mach_kernel   the kernel's file, with symbols
+  memory.lime   physical memory
+  serial.jsonl  what the kernel said of itself on its serial line: the truth to compare with
+
+What to type in this folder:
+
+  kvmtool -N mach_kernel -M memory.lime info      where the page tables and the slide were found
+  kvmtool -N mach_kernel -M memory.lime procs
+  kvmtool -N mach_kernel -M memory.lime vtop _cdevsw
+  kvmtool -N mach_kernel -M memory.lime regions
+"""
+
+
+def write(directory: str, which: str = "article") -> list[str]:
+    """Unpack a sample into `directory`, made if need be; gives the paths of its files.
+
+    `which` is "article" (the machine of Amit Singh's article) or "machine" (memory of a kernel of
+    our own that ran under QEMU).
 
     Files that are there already and equal are left alone. Nothing is written if one differs.
 
     Raises: FileExistsError naming the file that differs; other OSErrors as open(2) and mkdir(2);
     FormatError if the resource is damaged.
     """
-    contents = _unpack()
+    contents = _unpack(RESOURCES[which])
     paths = {os.path.join(directory, name): content for name, content in contents.items()}
     missing = [path for path, content in paths.items() if not _holds(path, content)]
     os.makedirs(directory, exist_ok=True)
@@ -83,13 +108,14 @@ def _holds(path: str, content: bytes) -> bool:
     return True
 
 
-def _unpack() -> dict[str, bytes]:
-    """File name → content, as packed by tools/build_sample.py."""
+def _unpack(resource: str) -> dict[str, bytes]:
+    """File name → content, as packed by tools/build_sample.py or pack_machine_sample.py."""
     import zipfile  # 8 ms that only this command spends
     import zlib
+    from lzma import LZMAError
 
     try:
-        with zipfile.ZipFile(RESOURCE) as archive:
+        with zipfile.ZipFile(resource) as archive:
             return {name: archive.read(name) for name in archive.namelist()}
-    except (zipfile.BadZipFile, zlib.error) as exc:
-        raise FormatError(RESOURCE, None, f"is damaged ({exc}): reinstall kvmtool") from exc
+    except (zipfile.BadZipFile, zlib.error, LZMAError) as exc:
+        raise FormatError(resource, None, f"is damaged ({exc}): reinstall kvmtool") from exc

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+from typing import TYPE_CHECKING
 
 import pytest
 from click.testing import CliRunner, Result
@@ -15,6 +16,9 @@ from inputs import DUMPS, oracle, plain_core, real, truth
 
 from kvmtool import sample
 from kvmtool.cli import COMMANDS, cli
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 FIELDS = (
     *("pid", "ppid", "pgid", "sid", "uid", "ruid", "svuid", "gid", "rgid", "groups", "tty"),
@@ -429,3 +433,23 @@ def test_demo_writes_the_sample(tmp_path) -> None:
     out = run("demo", folder).stdout
     assert "kvmtool nlist _cdevsw" in out
     assert sorted(os.listdir(folder)) == ["KernelMemoryAccess", "README.txt", "core", "mach_kernel"]
+
+
+def test_the_machine_sample_answers_as_the_kernel_did_on_its_serial_line(tmp_path: Path) -> None:
+    run("demo", "--machine", str(tmp_path))
+    names = ["README.txt", "mach_kernel", "memory.lime", "serial.jsonl"]
+    assert sorted(os.listdir(tmp_path)) == names
+    opened = ["-N", str(tmp_path / "mach_kernel"), "-M", str(tmp_path / "memory.lime")]
+    said = [json.loads(line) for line in (tmp_path / "serial.jsonl").read_text().splitlines()]
+
+    symbols = {line["name"]: line["address"] for line in said if line["kind"] == "symbol"}
+    found = json.loads(run(*opened, "nlist", *symbols, "--format", "json").stdout)
+    assert {entry["name"]: entry["address"] for entry in found} == symbols
+
+    told = {line["pid"]: line for line in said if line["kind"] == "process"}
+    procs = json.loads(run(*opened, "procs", "--format", "json").stdout)
+    shared = set.intersection(*(set(line) for line in told.values())) & set(procs[0])
+    assert {"ppid", "uid", "groups", "login", "stat", "start_raw", "comm", "address"} < shared
+    for proc in procs:
+        assert {key: proc[key] for key in shared} == {key: told[proc["pid"]][key] for key in shared}
+    assert len(procs) == len(told)

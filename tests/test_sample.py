@@ -226,7 +226,7 @@ def test_damaged_resource_is_one_clear_error(tmp_path, monkeypatch):
         at = archive.getinfo("core").header_offset + 200
     changed = whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :]
     resource = tmp_path / "sample.zip"
-    monkeypatch.setattr(sample, "RESOURCE", str(resource))
+    monkeypatch.setitem(sample.RESOURCES, "article", str(resource))
     for damaged in (whole[: len(whole) // 2], changed):
         resource.write_bytes(damaged)
         with pytest.raises(FormatError, match="is damaged"):

@@ -10,8 +10,11 @@ import click
 
 @click.command()
 @click.argument("directory", metavar="DIR", type=click.Path(file_okay=False))
-def demo(directory: str) -> None:
+@click.option("--machine", is_flag=True, help="The other sample: memory of a machine that ran.")
+def demo(directory: str, machine: bool) -> None:
     """Write the embedded sample to DIR: the machine of Amit Singh's article, and what to type.
+
+    With --machine physical memory of a small kernel of our own that ran under QEMU.
 
     \b
     Example:
@@ -19,10 +22,12 @@ def demo(directory: str) -> None:
     """
     from kvmtool import sample
 
-    for path in sample.write(directory):
+    for path in sample.write(directory, "machine" if machine else "article"):
         click.echo(f"wrote {path}")
-    kernel, core = (shlex.quote(os.path.join(directory, n)) for n in ("mach_kernel", "core"))
+    names = ("mach_kernel", "memory.lime" if machine else "core")
+    kernel, core = (shlex.quote(os.path.join(directory, name)) for name in names)
     click.echo("\nNow type:")
     click.echo(f"  export KVMTOOL_KERNEL={kernel} KVMTOOL_CORE={core}")
-    for command in ("nlist _cdevsw", "read 0x441990 4", "procs", "info"):
+    article = ("nlist _cdevsw", "read 0x441990 4", "procs", "info")
+    for command in ("info", "procs", "vtop _cdevsw", "regions") if machine else article:
         click.echo(f"  kvmtool {command}")

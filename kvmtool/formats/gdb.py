@@ -101,6 +101,11 @@ class Gdb:
         self.source.reconnect()
         self._learn()
 
+    @property
+    def halted(self) -> bool:
+        """Whether the machine stands still, as it does from the connection on until `resume`."""
+        return not self.source.running
+
     # memory
 
     def runs(self) -> Iterator[Run]:
@@ -279,7 +284,10 @@ class Gdb:
         self.close()
 
     def resume(self) -> None:
-        """Let the target run on; memory cannot be read until `interrupt`. Raises `KvmError`."""
+        """Let the target run on; memory cannot be read until `interrupt`. Raises `KvmError`.
+
+        A `Kvm` opened before has kept translations of the halted machine: open it anew after.
+        """
         self.set_physical(self._found_physical)
         self.source.command(b"c")
         self.source.running = True
