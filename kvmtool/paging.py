@@ -50,7 +50,8 @@ class PagedMemory:
     ) -> None:
         """`budget` bytes are for translations already made; with 0 each is made anew.
 
-        A live machine changes its page tables: give 0 for one.
+        A machine that runs changes its page tables: give 0 for one. One that can be let run has a
+        `physical` with `watch`, and tells us to `forget`.
         """
         self.space = space
         self.physical, self.walker = physical, walker
@@ -60,6 +61,9 @@ class PagedMemory:
         self._shift = walker.window_bits
         self._windows: dict[int, Window] = {}
         self.budget = self._left = budget
+        watch: Callable[[PagedMemory], None] | None = getattr(physical, "watch", None)
+        if watch is not None:
+            watch(self)
 
     def __repr__(self) -> str:
         return f"<PagedMemory {self.space} {self.walker!r}>"
@@ -70,6 +74,11 @@ class PagedMemory:
 
     def __bool__(self) -> bool:
         return True
+
+    def forget(self) -> None:
+        """Translate anew from here on: the page tables may have changed."""
+        self._windows.clear()
+        self._left = self.budget
 
     def translate(self, address: int) -> tuple[int, int]:
         """(physical address, bytes up to the end of the page). Raises `FaultError`."""

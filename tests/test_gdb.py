@@ -725,9 +725,20 @@ def test_qemu(machine, tmp_path):
     assert machine.running() == ran
 
 
+class Translations:
+    forgotten = 0
+
+    def forget(self) -> None:
+        self.forgotten += 1
+
+
 def test_qemu_goes_on_when_told(machine):
+    kept = Translations()
     with open_gdb(machine.url) as gdb:
+        gdb.physical().watch(kept)
+        assert gdb.halted
         gdb.resume()
+        assert (gdb.halted, kept.forgotten) == (False, 1)
         assert machine.running()
         with pytest.raises(KvmError, match="the target is running"):
             gdb.virtual().read(0x1000, 4)

@@ -537,6 +537,23 @@ def test_a_live_memory_is_translated_anew():
     assert (live.read(base, 1), kept.read(base, 1)) == (b"\5", b"\4")
 
 
+def test_a_machine_that_ran_is_translated_anew():
+    tables = Tables("4-level", MIB)
+    base = KERNEL["4-level"]
+    tables.map(base, 0x4000)
+    tables.memory[0x4000], tables.memory[0x5000] = 4, 5
+    physical = Counting(tables.memory)
+    watchers: list[PagedMemory] = []
+    physical.watch = watchers.append
+    memory = PagedMemory(physical, walker(physical, "4-level", tables.root))
+    assert watchers == [memory]
+    assert memory.read(base, 1) == b"\4"
+    tables.map(base, 0x5000)
+    assert memory.read(base, 1) == b"\4"
+    memory.forget()
+    assert memory.read(base, 1) == b"\5"
+
+
 def test_a_fault_keeps_no_view_of_the_file(tmp_path):
     tables = Tables("4-level", MIB)
     base = KERNEL["4-level"]

@@ -10,6 +10,7 @@ Source: gdb manual, "Remote Protocol"; QEMU docs/system/gdb.rst and gdbstub.c, 7
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from kvmtool.errors import KvmError, UnsupportedError
 from kvmtool.formats import Facts, Note, Run, gdb_target
@@ -53,6 +54,10 @@ class GdbMemory(LiveMemory):
         super().__init__(space, extent)
         self._target = target
 
+    def watch(self, memory: Any) -> None:
+        """Have `memory.forget()` called when the target may have changed under it."""
+        self._target.watchers.add(memory)
+
     def _fetch(self, address: int, size: int) -> bytes:
         target = self._target
         target.set_physical(self.space == "physical")
@@ -79,6 +84,7 @@ class Gdb:
         self.notes: tuple[Note, ...] = ()
         self.warnings: list[str] = []
         self._detach = detach
+        self.watchers: WeakSet[Any] = WeakSet()
         self._learn()
         self.facts = self._facts()
 
@@ -99,12 +105,17 @@ class Gdb:
     def reconnect(self) -> None:
         """Connect again after the line was lost. Raises `KvmError`."""
         self.source.reconnect()
+        self._changes()
         self._learn()
 
     @property
     def halted(self) -> bool:
         """Whether the machine stands still, as it does from the connection on until `resume`."""
         return not self.source.running
+
+    def _changes(self) -> None:
+        for memory in self.watchers:
+            memory.forget()
 
     # memory
 
@@ -284,10 +295,8 @@ class Gdb:
         self.close()
 
     def resume(self) -> None:
-        """Let the target run on; memory cannot be read until `interrupt`. Raises `KvmError`.
-
-        A `Kvm` opened before has kept translations of the halted machine: open it anew after.
-        """
+        """Let the target run on; memory cannot be read until `interrupt`. Raises `KvmError`."""
+        self._changes()
         self.set_physical(self._found_physical)
         self.source.command(b"c")
         self.source.running = True
