@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import io
 import json
 import os
@@ -453,3 +454,15 @@ def test_the_machine_sample_answers_as_the_kernel_did_on_its_serial_line(tmp_pat
     for proc in procs:
         assert {key: proc[key] for key in shared} == {key: told[proc["pid"]][key] for key in shared}
     assert len(procs) == len(told)
+
+
+@pytest.mark.parametrize(("module", "tool"), [("lzma", "xz"), ("bz2", "bzip2")])
+def test_a_packed_core_is_refused_with_what_unpacks_it(
+    module: str, tool: str, machine: list[str], tmp_path: Path
+) -> None:
+    with open(machine[3], "rb") as file:
+        packed = importlib.import_module(module).compress(file.read())
+    (tmp_path / "core.packed").write_bytes(packed)
+    result = run(*machine[:2], "-M", str(tmp_path / "core.packed"), "procs", status=1)
+    assert f"; {tool} -d unpacks it" in result.stderr
+    assert len(result.stderr.splitlines()) == 1

@@ -145,6 +145,11 @@ FORMATS = (
     ),
     FormatEntry("raw", "kvmtool.formats.raw", "Raw", ()),  # only by name: it has no magic
 )
+_PACKED = (  # gzip alone is read as it is: only it has an index to read from the middle
+    (b"\xfd7zXZ\0", "xz -d"),
+    (b"\x28\xb5\x2f\xfd", "zstd -d"),
+    (b"BZh", "bzip2 -d"),
+)
 
 
 def identify(source: Source) -> FormatEntry:
@@ -157,10 +162,11 @@ def identify(source: Source) -> FormatEntry:
         if head.startswith(entry.magics) and load(entry).probe(head):
             return entry
         tried.append(entry.name)
+    packed = next((f"; {tool} unpacks it" for magic, tool in _PACKED if head.startswith(magic)), "")
     raise UnknownFormatError(
         source.name,
         0,
-        f"no known format begins with {head[:8].hex(' ')} (tried {', '.join(tried)})",
+        f"no known format begins with {head[:8].hex(' ')} (tried {', '.join(tried)}){packed}",
     )
 
 
