@@ -169,7 +169,7 @@ def test_decoded_pages_are_kept_within_a_bound():
     dump = opened(build.kdump({n: page(n, size) for n in range(600)}, block=size))
     assert dump.physical().read(599 * size, 4) == page(599, size)[:4]
     assert dump.physical().read(0, 600 * size)[-4:] == page(599, size)[-4:]
-    assert sum(map(len, dump.pages._pages.values())) == 32 << 20
+    assert sum(map(len, dump.memory_source._pages.values())) == 32 << 20
 
 
 # compressions

@@ -146,8 +146,8 @@ def test_lime_ends_are_inclusive():
             "magic 0x4c694d46, expected 0x4c694d45",
         ),
         (build.lime_header(0, 0, version=2), 0x1020, "version 0x2, expected 1"),
-        (build.lime_header(0, 1 << 52), 0x1020, "cannot be one of addresses"),
-        (build.lime_header(0, (1 << 64) - 1), 0x1020, "cannot be one of addresses"),
+        (build.lime_header(0, 1 << 52), 0x1020, "leaves the address space"),
+        (build.lime_header(0, (1 << 64) - 1), 0x1020, "leaves the address space"),
     ],
 )
 def test_lime_errors_name_the_offset(second, at, message):
@@ -263,6 +263,14 @@ def test_what_is_larger_in_memory_than_in_the_file_is_absent():
     elf = opened(build.elf(Segment(PAGE, 0x1000, p_memsz=0x3000)))
     with pytest.raises(FaultError, match="0x2000 is absent"):
         elf.physical().read(0x1000, 0x1001)
+
+
+def test_kernel_memory_up_to_the_last_address():
+    start = (1 << 64) - 0x1000
+    elf = opened(build.elf(Segment(PAGE, (1 << 64) - 1, p_vaddr=start)))
+    assert elf.physical() is None
+    assert elf.virtual().read(start, 0xFFF) == PAGE[:-1]  # no array holds the number 2^64
+    assert [(run.space, run.address) for run in elf.runs()] == [("virtual", start)]
 
 
 def test_a_big_endian_core():

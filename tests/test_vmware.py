@@ -113,7 +113,7 @@ def test_control_registers_in_one_block():
 
 def test_a_vmem_that_is_cut_off():
     dump = opened(build.state({"memory": HOLE}), MEMORY[:-4097])
-    assert "region at 0x100000000 ends past the end of dump.vmem: 0x1001" in dump.warnings[0]
+    assert "region 1 (0x100000000) ends past the end of dump.vmem: 0x1001" in dump.warnings[0]
     assert regions(dump) == [(0, 0x4000), (1 << 32, (1 << 32) + 0xFFF)]
     with pytest.raises(FaultError, match="0x100000fff is absent"):
         dump.physical().read((1 << 32) + 0xFFE, 2)

@@ -10,15 +10,14 @@ of 10.5 on a 64-bit Mac runs on long-mode tables, and its core says EM_X86_64.
 
 from __future__ import annotations
 
-from array import array
 from struct import Struct
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvmtool import macho
 from kvmtool.errors import FormatError, TruncatedError
-from kvmtool.formats import UNSAID, Facts, Note, Run
+from kvmtool.formats import UNSAID, Facts, Note
 from kvmtool.formats.elf_notes import CpuNotes
-from kvmtool.memory import RunMemory
+from kvmtool.formats.run_table import RunTable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,7 +33,6 @@ _EM_386, _EM_X86_64, _EM_AARCH64 = 3, 62, 183
 # of a core of kernel memory: there the writer knew what kernel it was
 _MACHINES = {_EM_386: macho.CPU_TYPE_I386, _EM_X86_64: macho.CPU_TYPE_X86_64}
 _PN_XNUM = 0xFFFF  # e_phnum when there are more: the number is in section 0's sh_info
-_ADDRESS_BITS = 52  # no processor has wider physical addresses
 _NOTES_LIMIT = 64 << 20  # bytes; of 4096 CPUs with all their vector registers
 _SEGMENTS_LIMIT = 1 << 22
 
@@ -55,11 +53,11 @@ _LAYOUTS = {
 }
 
 
-class ElfCore:
+class ElfCore(RunTable):
     """An ELF core whose segments are physical memory."""
 
     name = "elf-core"
-    live = False
+    piece = "PT_LOAD"
 
     @classmethod
     def probe(cls, head: bytes) -> bool:
@@ -74,11 +72,7 @@ class ElfCore:
 
     def __init__(self, source: Source) -> None:
         """Read headers, segments and notes. Raises `FormatError`."""
-        self.source = source
-        self.container: Any = None
-        self.warnings: list[str] = []
-        self.lost: list[tuple[int, int]] = []
-        self._starts, self._ends, self._offsets = array("Q"), array("Q"), array("Q")
+        super().__init__(source)
         self._note_at: list[tuple[int, int]] = []
         ident = source.read_at(0, min(_IDENT, source.size))
         if ident[:4] != b"\x7fELF" or len(ident) < _IDENT:
@@ -130,8 +124,8 @@ class ElfCore:
         loads = [fields for fields in segment.iter_unpack(table) if fields[kind] == _LOAD]
         self.is_virtual = bool(loads) and all(f[paddr] == layout.unknown for f in loads)
         where = vaddr if self.is_virtual else paddr
-        for index, fields in enumerate(loads):
-            self._load(index, fields[where], fields[memsz], fields[offset], fields[filesz])
+        for fields in loads:  # what is not in the file is not known to be zero (VirtualBox's MMIO)
+            self.add(fields[where], fields[memsz], fields[offset], stored=fields[filesz])
 
     def _extended_count(self, shoff: int, shentsize: int) -> int:
         at, size = self._layout.sh_info
@@ -144,26 +138,6 @@ class ElfCore:
         section = self.source.read_at(shoff, size)
         count: int = Struct(self._order + "I").unpack_from(section, at)[0]
         return count
-
-    def _load(self, index: int, start: int, memsz: int, offset: int, filesz: int) -> None:
-        if (start + memsz) >> (64 if self.is_virtual else _ADDRESS_BITS):
-            raise FormatError(
-                self.source.name,
-                None,
-                f"PT_LOAD {index}: {start:#x} + {memsz:#x} leaves the address space",
-            )
-        promised = min(memsz, filesz)
-        held = min(promised, max(0, self.source.size - offset))
-        if held < memsz:  # what is not in the file is not known to be zero (VirtualBox's MMIO)
-            self.lost.append((start + held, start + memsz))
-        if held < promised:
-            self.warnings.append(
-                f"PT_LOAD {index} ({start:#x}) ends past the end of the file: "
-                f"{promised - held:#x} bytes of memory are absent"
-            )
-        self._starts.append(start)
-        self._ends.append(start + held)
-        self._offsets.append(offset)
 
     def _read_notes(self) -> Iterator[Note]:
         header = Struct(self._order + "III")
@@ -197,26 +171,4 @@ class ElfCore:
             cputype, said["cputype"] = macho.CPU_TYPE_I386, "e_machine EM_386"
         return Facts(
             cputype, 0, threads=self._cpus.threads(), said=said, control=self._cpus.control()
-        )
-
-    def runs(self) -> Iterator[Run]:
-        """See `Format.runs`."""
-        space = "virtual" if self.is_virtual else "physical"
-        for start, end, offset in zip(self._starts, self._ends, self._offsets, strict=True):
-            yield Run(space, start, end - start, offset)
-
-    def virtual(self) -> RunMemory | None:
-        """Kernel memory, of a core whose segments have no physical addresses (/proc/kcore's way).
-
-        Where segments overlap the first in the file wins.
-        """
-        return self._memory("kernel") if self.is_virtual else None
-
-    def physical(self) -> RunMemory | None:
-        """The machine's memory, of every other: where segments overlap the first wins."""
-        return None if self.is_virtual else self._memory("physical")
-
-    def _memory(self, space: str) -> RunMemory:
-        return RunMemory(
-            self.source, self._starts, self._ends, self._offsets, space=space, lost=self.lost
         )

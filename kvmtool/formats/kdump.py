@@ -11,14 +11,14 @@ from __future__ import annotations
 import re
 from array import array
 from struct import Struct
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvmtool import macho
 from kvmtool.errors import FormatError, TruncatedError
-from kvmtool.formats import UNSAID, Facts, Note, Run
+from kvmtool.formats import UNSAID, Facts, Note
 from kvmtool.formats.elf_notes import CpuNotes
 from kvmtool.formats.kdump_pages import DESCRIPTOR, PageSource, Table, lost_pages
-from kvmtool.memory import RunMemory
+from kvmtool.formats.run_table import ADDRESS_BITS, RunTable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -37,7 +37,6 @@ _SUB_LIMIT = 1 << 16  # blocks; it holds the notes of all CPUs
 _BITMAP_LIMIT = 1 << 30  # bytes
 _NOTES_LIMIT = 64 << 20
 _NOTE = Struct("<III")
-_ADDRESS_BITS = 52  # no processor has wider physical addresses
 _MACHINES = {"x86_64": 62, "i686": 3, "i386": 3, "aarch64": 183, "arm64": 183}  # to e_machine
 _EM_386, _EM_AARCH64 = 3, 183
 
@@ -60,11 +59,10 @@ _SUB_SIZE = 104  # bytes of the longer sub header; a block is always more
 _EDGES = tuple(tuple(bit for bit in range(8) if byte >> bit & 1) for byte in range(256))
 
 
-class Kdump:
-    """A kdump-compressed file."""
+class Kdump(RunTable):
+    """A kdump-compressed file; offsets are those of the decoded pages, one after the other."""
 
     name = "kdump"
-    live = False
 
     @classmethod
     def probe(cls, head: bytes) -> bool:
@@ -73,10 +71,7 @@ class Kdump:
 
     def __init__(self, source: Source) -> None:
         """Read headers, bitmap and notes. Raises `FormatError`."""
-        self.source = source
-        self.container: Any = None
-        self.warnings: list[str] = []
-        self.lost: list[tuple[int, int]] = []
+        super().__init__(source)
         self._read_header()
         self._read_sub_header()
         self._read_bitmap()
@@ -118,7 +113,7 @@ class Kdump:
         if self.version >= 6:
             first, end, self._mapnr = layout.mapnr.unpack_from(sub)
         self._note_at = layout.note.unpack_from(sub) if self.version >= 4 else (0, 0)
-        if self._mapnr * self.block_size >> _ADDRESS_BITS:
+        if self._mapnr * self.block_size >> ADDRESS_BITS:
             raise FormatError(self.source.name, at, f"max_mapnr {self._mapnr:#x} is no page frame")
         self._frames = range(self._mapnr)
         if split:
@@ -151,11 +146,11 @@ class Kdump:
                 f"max_mapnr {self._mapnr:#x} needs {needed:#x} bytes of bitmap, there are "
                 f"{len(bitmap):#x}",
             )
-        self._starts, self._ends, self._ranks, count = _runs(bitmap, self._frames, block)
+        self._starts, self._ends, self._offsets, count = _runs(bitmap, self._frames, block)
         table = at + size
         held = min(count, max(0, source.size - table) // DESCRIPTOR.size)
         self._table, self._promised = Table(table, held, block), count
-        self.pages = PageSource(source, self._table)
+        self.memory_source = PageSource(source, self._table)
 
     def _cut_off_lost(self) -> None:
         """Takes out the pages that the bitmap promises and the file does not hold."""
@@ -171,7 +166,7 @@ class Kdump:
         )
         columns = (array("Q"), array("Q"), array("Q"))
         for start, end, offset, gone in _without(
-            zip(self._starts, self._ends, self._ranks, strict=True),
+            zip(self._starts, self._ends, self._offsets, strict=True),
             [(first * self.block_size, end * self.block_size) for first, end in lost],
         ):
             if gone:
@@ -179,7 +174,7 @@ class Kdump:
                 continue
             for column, value in zip(columns, (start, end, offset), strict=True):
                 column.append(value)
-        self._starts, self._ends, self._ranks = columns
+        self._starts, self._ends, self._offsets = columns
 
     def _read_notes(self) -> Iterator[Note]:
         offset, size = self._note_at
@@ -210,20 +205,6 @@ class Kdump:
             cputype, said["cputype"] = macho.CPU_TYPE_I386, "utsname.machine i686"
         return Facts(
             cputype, 0, threads=self._cpus.threads(), said=said, control=self._cpus.control()
-        )
-
-    def runs(self) -> Iterator[Run]:
-        """See `Format.runs`; offsets are those of the decoded pages, one after the other."""
-        for start, end, offset in zip(self._starts, self._ends, self._ranks, strict=True):
-            yield Run("physical", start, end - start, offset)
-
-    def virtual(self) -> None:
-        """See `Format.virtual`: a kernel's address space has to be found in here."""
-
-    def physical(self) -> RunMemory:
-        """The machine's memory."""
-        return RunMemory(
-            self.pages, self._starts, self._ends, self._ranks, space="physical", lost=self.lost
         )
 
 

@@ -9,18 +9,13 @@ showbootermemorymap (kgmacros, xnu-1699).
 
 from __future__ import annotations
 
-from array import array
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kvmtool import macho
-from kvmtool.errors import FormatError
-from kvmtool.formats import UNSAID, Facts, Note, Run
+from kvmtool.formats.run_table import RunTable
 from kvmtool.macho import MachO
-from kvmtool.memory import RunMemory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from kvmtool.source import Source
 
 _HEADER_SIZE = {b"\xce\xfa\xed\xfe": 28, b"\xcf\xfa\xed\xfe": 32}
@@ -31,14 +26,13 @@ _NAMES = frozenset(
         *("available", "Unusable", "ACPI_recl", "ACPI_NVS", "MemMapIO", "MemPortIO", "PAL_code"),
     )
 )
-_ADDRESS_BITS = 52
 
 
-class MacMemoryReader:
+class MacMemoryReader(RunTable):
     """An image of Mac Memory Reader."""
 
     name = "mac-memory-reader"
-    live = False
+    piece = "segment"
 
     @classmethod
     def probe(cls, head: bytes) -> bool:
@@ -50,49 +44,11 @@ class MacMemoryReader:
 
     def __init__(self, source: Source) -> None:
         """Read the segments. Raises `FormatError`."""
-        self.source = source
-        self.container: Any = None
-        self.facts = Facts(UNSAID, 0)
-        self.notes: tuple[Note, ...] = ()
+        super().__init__(source)
         self.macho = MachO(source)
-        self.warnings: list[str] = []
-        self.lost: list[tuple[int, int]] = []
-        self._table = self.macho.segment_table()
-        self._sizes = array("Q", map(self._held, range(len(self._table.vmaddr))))
+        table = self.macho.segment_table()
+        for start, size, offset, stored in zip(
+            table.vmaddr, table.vmsize, table.fileoff, table.filesize, strict=True
+        ):
+            self.add(start, size, offset, stored=stored)
         self.warnings += self.macho.warnings
-
-    def _held(self, index: int) -> int:
-        """How many bytes of a segment are in the file."""
-        table = self._table
-        start, size, offset = table.vmaddr[index], table.vmsize[index], table.fileoff[index]
-        if (start + size) >> _ADDRESS_BITS:
-            raise FormatError(
-                self.source.name,
-                None,
-                f"segment {index}: {start:#x} + {size:#x} is no physical address",
-            )
-        promised = min(size, table.filesize[index])
-        held = min(promised, max(0, self.source.size - offset))
-        if held < size:
-            self.lost.append((start + held, start + size))
-        if held < promised:
-            self.warnings.append(
-                f"segment {index} ({start:#x}) ends past the end of the file: "
-                f"{promised - held:#x} bytes of memory are absent"
-            )
-        return held
-
-    def runs(self) -> Iterator[Run]:
-        """See `Format.runs`."""
-        table = self._table
-        for start, size, offset in zip(table.vmaddr, self._sizes, table.fileoff, strict=True):
-            yield Run("physical", start, size, offset)
-
-    def virtual(self) -> None:
-        """See `Format.virtual`: a kernel's address space has to be found in here."""
-
-    def physical(self) -> RunMemory:
-        """The machine's memory: where segments overlap the first in the file wins."""
-        starts, offsets = self._table.vmaddr, self._table.fileoff
-        ends = array("Q", (start + size for start, size in zip(starts, self._sizes, strict=True)))
-        return RunMemory(self.source, starts, ends, offsets, space="physical", lost=self.lost)

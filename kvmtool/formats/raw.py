@@ -5,24 +5,19 @@ Holes that were written as zeros read as zeros: nobody can tell them from memory
 
 from __future__ import annotations
 
-from array import array
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kvmtool.errors import FormatError
-from kvmtool.formats import UNSAID, Facts, Note, Run
-from kvmtool.memory import RunMemory
+from kvmtool.formats.run_table import RunTable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from kvmtool.source import Source
 
 
-class Raw:
+class Raw(RunTable):
     """A raw image, its first byte at physical address `base`."""
 
     name = "raw"
-    live = False
 
     @classmethod
     def probe(cls, head: bytes) -> bool:
@@ -33,20 +28,6 @@ class Raw:
         """Raises `FormatError` for an empty file."""
         if not source.size:
             raise FormatError(source.name, 0, "the file is empty")
-        self.source, self.base = source, base
-        self.container: Any = None
-        self.facts = Facts(UNSAID, 0)
-        self.notes: tuple[Note, ...] = ()
-        self.warnings: list[str] = []
-
-    def runs(self) -> Iterator[Run]:
-        """See `Format.runs`."""
-        yield Run("physical", self.base, self.source.size, 0)
-
-    def virtual(self) -> None:
-        """See `Format.virtual`: a kernel's address space has to be found in here."""
-
-    def physical(self) -> RunMemory:
-        """The machine's memory."""
-        starts, ends = array("Q", [self.base]), array("Q", [self.base + self.source.size])
-        return RunMemory(self.source, starts, ends, array("Q", [0]), space="physical")
+        super().__init__(source)
+        self.base = base
+        self.add(base, source.size, 0)

@@ -11,13 +11,12 @@ addrspaces/vmware.py for checkpoints with 32-bit sizes.
 from __future__ import annotations
 
 import os
-from array import array
 from struct import Struct
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvmtool.errors import FormatError, TruncatedError, UnsupportedError
-from kvmtool.formats import UNSAID, Facts, Note, Run
-from kvmtool.memory import RunMemory
+from kvmtool.formats import UNSAID, Facts
+from kvmtool.formats.run_table import RunTable
 from kvmtool.source import FileSource
 
 if TYPE_CHECKING:
@@ -57,14 +56,14 @@ class Tag(NamedTuple):
     compressed: bool
 
 
-class Vmware:
+class Vmware(RunTable):
     """A machine's state, and the memory in it or beside it.
 
     Run offsets are those in `memory_source`: the state's file, or the .vmem.
     """
 
     name = "vmware"
-    live = False
+    piece = "region"
 
     @classmethod
     def probe(cls, head: bytes) -> bool:
@@ -76,11 +75,7 @@ class Vmware:
 
         Raises OSError, `FormatError`, or `UnsupportedError` where there is no memory.
         """
-        self.source = source
-        self.container: Any = None
-        self.notes: tuple[Note, ...] = ()
-        self.warnings: list[str] = []
-        self.lost: list[tuple[int, int]] = []
+        super().__init__(source)
         self._groups = self._read_groups()
         found: dict[tuple[str, tuple[int, ...]], int] = {}
         inside: Tag | None = None
@@ -90,7 +85,6 @@ class Vmware:
             elif tag.size <= _VALUE_LIMIT:
                 found[tag.name, tag.indices] = self._number(tag)
         self.memory_source, base, size = self._find_memory(inside, memory)
-        self._starts, self._ends, self._offsets = array("Q"), array("Q"), array("Q")
         self._take_regions(found, base, size)
         self.facts = Facts(UNSAID, 0, control=tuple(self._control()))
 
@@ -181,7 +175,7 @@ class Vmware:
     ) -> None:
         count = found.get(("regionsCount", ()), 0)
         if not count:
-            self._take(0, 0, size, base, size)
+            self.add(0, size, base)
             return
         if count > _REGIONS_LIMIT:
             raise FormatError(self.source.name, None, f"regionsCount {count:#x} is too many")
@@ -197,20 +191,7 @@ class Vmware:
                     raise FormatError(self.source.name, None, f"{name}[{index}] is {value:#x}")
                 values.append(value * _PAGE)
             start, place, length = values
-            self._take(start, place, length, base, size)
-
-    def _take(self, start: int, place: int, length: int, base: int, size: int) -> None:
-        """The region at `start`, `place` bytes into the `size` bytes of memory at `base`."""
-        held = max(0, min(length, size - place))
-        if held < length:
-            self.lost.append((start + held, start + length))
-            self.warnings.append(
-                f"the region at {start:#x} ends past the end of {self.memory_source.name}: "
-                f"{length - held:#x} bytes of memory are absent"
-            )
-        self._starts.append(start)
-        self._ends.append(start + held)
-        self._offsets.append(base + place)
+            self.add(start, length, base + place, end=base + size)
 
     def _control(self) -> Iterator[Mapping[str, int]]:
         """The control registers of each CPU: CR64 where the processor has it, else CR."""
@@ -233,25 +214,6 @@ class Vmware:
         narrow, wide = found["CR"], found["CR64"]
         for number in sorted(narrow.keys() | wide.keys()):
             yield {**narrow.get(number, {}), **wide.get(number, {})}
-
-    def runs(self) -> Iterator[Run]:
-        """See `Format.runs`."""
-        for start, end, offset in zip(self._starts, self._ends, self._offsets, strict=True):
-            yield Run("physical", start, end - start, offset)
-
-    def virtual(self) -> None:
-        """See `Format.virtual`: a kernel's address space has to be found in here."""
-
-    def physical(self) -> RunMemory:
-        """The machine's memory: where regions overlap the first wins."""
-        return RunMemory(
-            self.memory_source,
-            self._starts,
-            self._ends,
-            self._offsets,
-            space="physical",
-            lost=self.lost,
-        )
 
 
 def state_beside(path: str) -> str | None:
