@@ -27,7 +27,10 @@ from struct import unpack_from
 from typing import NamedTuple
 
 from kvmtool.errors import FormatError, NotFoundError
-from kvmtool.types.model import Member, Struct, TypeTable, near_misses
+from kvmtool.types.flatten import Member, Struct
+from kvmtool.types.layout_types import LayoutTypes
+from kvmtool.types.model import TypeTable
+from kvmtool.types.near import near_misses
 
 MAGIC = b"KVMLAYT1"
 ABSENT = 0x8001
@@ -109,7 +112,9 @@ class _Database:
             return _decode(tag, self.block(1 + number), row[number] - 1)
 
         found = self.kernels[kernel]
-        return TypeTable(found.name, found.origin, tags, load, ALIASES)
+        wide = 4 if found.arch == "i386" else 8
+        source = LayoutTypes(found.name, found.origin, tags, load, ALIASES, wide)
+        return TypeTable(source, source.flat)
 
 
 def _spans(packed: bytes) -> list[tuple[int, int]]:

@@ -1,95 +1,111 @@
-"""What every source of types gives: a TypeTable of Structs of Members.
+"""What every source of types gives, and `TypeTable`, which is asked.
 
-Offsets and sizes are bytes. A member of a nested structure or union has a dotted name
-("p_list.le_next") and its offset, as every other, counts from the start of the outermost structure;
-members of unnamed unions and structures go by their own names, as in C.
+A reader of DWARF, CTF, ISF or of the built-in layouts is a `TypeSource`: it finds a type by name.
+The table answers in both forms: whole C types (`ctype`), and flattened structures (`flatten`) with
+offsets by dotted names, which is how the kernel object model asks.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Protocol
 
 from kvmtool.errors import NotFoundError
+from kvmtool.types.ctype import Compound, unqualified
+from kvmtool.types.flatten import Struct, flatten
+from kvmtool.types.near import near_members, near_misses
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable
+
+    from kvmtool.types.ctype import CType
 
 
-class Member(NamedTuple):
-    """One member: `offset` in bytes; for a bit-field also which bits.
+class TypeSource(Protocol):
+    """Where a TypeTable has its types from; one reader per file format.
 
-    A bit-field's value is `(n >> bit_offset) & ((1 << bit_size) - 1)`, where n is the little-endian
-    number that starts at byte `offset` (all kernels we know bit-fields of are little-endian) and is
-    wide enough to hold the field. `bit_offset` may exceed 7. A `bit_size` of 0 is C's unnamed
-    zero-width field. Both are None for what is not a bit-field.
+    `name` says which types these are ("10.9.5 x86_64"), `origin` where they come from, `byteorder`
+    is "<" or ">", `pointer_size` 4 or 8 bytes. C has three kinds of names: a "tag" (of a struct,
+    union, class or enum), a "typedef", and a "base" type's own ("unsigned int").
     """
 
     name: str
-    offset: int
-    bit_offset: int | None = None
-    bit_size: int | None = None
+    origin: str
+    byteorder: str
+    pointer_size: int
 
+    def find(self, kind: str, name: str) -> CType | None:
+        """The type of that name, its definition rather than a declaration; None if there is none.
 
-class Struct:
-    """A structure or union: its C tag, its size in bytes, its members by name, in memory order."""
+        Raises `FormatError` where the file is damaged.
+        """
 
-    __slots__ = ("members", "name", "size")
+    def names(self, kind: str) -> Iterable[str]:
+        """All names of that kind that `find` finds."""
 
-    def __init__(self, name: str, size: int, members: Mapping[str, Member]) -> None:
-        self.name = name
-        self.size = size
-        self.members = members
-
-    def __repr__(self) -> str:
-        return f"<Struct {self.name}: {self.size:#x} bytes, {len(self.members)} members>"
+    def variable(self, name: str) -> CType | None:
+        """The type of the kernel's variable or function of that C name; None if it is not said."""
 
 
 class TypeTable:
-    """The structures of one kernel, each decoded when it is first asked for.
+    """The types of one kernel, each made when it is first asked for.
 
-    `name` says which layout this is ("10.9.5 x86_64"), `origin` where its numbers come from.
-    `load` gives the structure of a C tag in `tags`; `aliases` maps typedef names to tags.
+    `name` says which they are ("10.9.5 x86_64"), `origin` where they come from.
     """
 
     def __init__(
-        self,
-        name: str,
-        origin: str,
-        tags: Iterable[str],
-        load: Callable[[str], Struct],
-        aliases: Mapping[str, str] | None = None,
+        self, source: TypeSource, flat: Callable[[str], Struct | None] | None = None
     ) -> None:
-        self.name = name
-        self.origin = origin
-        self._tags = frozenset(tags)
-        self._load = load
-        self._aliases = aliases or {}
-        self._loaded: dict[str, Struct] = {}
+        """`flat` gives a tag's flattened structure where that is to be had more quickly."""
+        self.source, self.name, self.origin = source, source.name, source.origin
+        self._flat = flat or self._flattened
+        self._loaded: dict[str, Struct | None] = {}
 
     def __repr__(self) -> str:
-        return f"<TypeTable {self.name}: {len(self._tags)} structures, {self.origin}>"
+        return f"<TypeTable {self.name}: {self.origin}>"
+
+    def type(self, text: str) -> CType:
+        """The type C calls that: "struct proc *", "pid_t", "char[17]"; a bare tag will do too.
+
+        Raises: NotFoundError("type") with near misses, `KvmError` for what is no type's name.
+        """
+        from kvmtool.types.type_names import parse_type
+
+        return parse_type(text, self)
+
+    def variable(self, name: str) -> CType | None:
+        """The type of the kernel variable or function `name` (with or without its underscore)."""
+        found = self.source.variable(name)
+        return self.source.variable(name[1:]) if found is None and name[:1] == "_" else found
 
     def struct(self, name: str) -> Struct:
-        """The structure with this C tag, or typedef name of one.
+        """The structure with this C tag, or typedef name of one, flattened.
 
         Raises: NotFoundError("structure") with near misses.
         """
-        found = self._loaded.get(name)
-        if found is not None:
-            return found
-        tag = name if name in self._tags else self._aliases.get(name, name)
-        if tag not in self._tags:
-            near = near_misses(name, sorted(self._tags.union(self._aliases)))
+        found = self._struct(name)
+        if found is None:
+            known = {*self.source.names("tag"), *self.source.names("typedef")}
+            near = near_misses(name, sorted(known))
             raise NotFoundError("structure", name, near, f"types are those of {self.name}")
-        found = self._loaded.get(tag) or self._load(tag)
-        self._loaded[name] = self._loaded[tag] = found
         return found
+
+    def _struct(self, name: str) -> Struct | None:
+        if name not in self._loaded:
+            self._loaded[name] = self._flat(name)
+        return self._loaded[name]
+
+    def _flattened(self, name: str) -> Struct | None:
+
+        found = self.source.find("tag", name)
+        if not isinstance(found, Compound) or not found.complete:
+            alias = self.source.find("typedef", name)
+            found = None if alias is None else unqualified(alias)
+        return flatten(found) if isinstance(found, Compound) and found.complete else None
 
     def has(self, struct: str, member: str | None = None) -> bool:
         """Whether there is such a structure, and such a member in it (bit-fields included)."""
-        if struct not in self._tags and self._aliases.get(struct) not in self._tags:
-            return False
-        return member is None or member in self.struct(struct).members
+        found = self._struct(struct)
+        return found is not None and (member is None or member in found.members)
 
     def offset(self, struct: str, member: str) -> int:
         """Bytes from the start of `struct` to `member`; of a bit-field, to the byte it counts from.
@@ -99,7 +115,7 @@ class TypeTable:
         members = self.struct(struct).members
         found = members.get(member)
         if found is None:
-            near = [f"{struct}.{name}" for name in _near_members(member, list(members))]
+            near = [f"{struct}.{name}" for name in near_members(member, list(members))]
             hint = f"types are those of {self.name}"
             raise NotFoundError("member", f"{struct}.{member}", near, hint)
         return found.offset
@@ -110,18 +126,4 @@ class TypeTable:
 
     def structs(self) -> list[str]:
         """The C tags, sorted; typedef names are found too, but not listed."""
-        return sorted(self._tags)
-
-
-def near_misses(wanted: str, known: Sequence[str], limit: int = 3) -> list[str]:
-    """Up to `limit` names of `known` that `wanted` may have meant, likeliest first."""
-    from difflib import get_close_matches  # 4 ms, and only a mistake needs it
-
-    return get_close_matches(wanted, known, limit)
-
-
-def _near_members(wanted: str, known: Sequence[str], limit: int = 3) -> list[str]:
-    """As near_misses, but first what has the same last component ("fd_cdir" → "p_fd.fd_cdir")."""
-    last = wanted.rpartition(".")[2]
-    same = [name for name in known if name.rpartition(".")[2] == last]
-    return list(dict.fromkeys([*same, *near_misses(wanted, known, limit)]))[:limit]
+        return sorted(self.source.names("tag"))

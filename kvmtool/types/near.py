@@ -1,0 +1,22 @@
+"""What a name that was not found may have meant."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def near_misses(wanted: str, known: Sequence[str], limit: int = 3) -> list[str]:
+    """Up to `limit` names of `known` that `wanted` may have meant, likeliest first."""
+    from difflib import get_close_matches  # 4 ms, and only a mistake needs it
+
+    return get_close_matches(wanted, known, limit)
+
+
+def near_members(wanted: str, known: Sequence[str], limit: int = 3) -> list[str]:
+    """As near_misses, but first what has the same last component ("fd_cdir" → "p_fd.fd_cdir")."""
+    last = wanted.rpartition(".")[2]
+    same = [name for name in known if name.rpartition(".")[2] == last]
+    return list(dict.fromkeys([*same, *near_misses(wanted, known, limit)]))[:limit]
