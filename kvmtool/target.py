@@ -137,6 +137,19 @@ def _codes(arch: Arch, code: str) -> str:
     return code
 
 
+def record(
+    target: Target, struct: str, wanted: Mapping[str, tuple[str, *tuple[str, ...]]]
+) -> Record:
+    """A `Record` of `struct`: our name -> (code, the member's names, newest first)."""
+    return Record(
+        target,
+        {
+            name: (offset_of(target.types, struct, *members), code)
+            for name, (code, *members) in wanted.items()
+        },
+    )
+
+
 def offset_of(types: TypeTable, struct: str, *members: str) -> int | None:
     """Offset in bytes of the first of `members` that this kernel's `struct` has, or None."""
     for member in members:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
+from importlib import import_module
 
 import click
 
@@ -71,7 +72,7 @@ def errors_page() -> str:
 def fields_page() -> str:
     """The columns of each command that lists."""
     from kvmtool.cli.images import KERNEL_COLUMNS, KEXT_COLUMNS
-    from kvmtool.cli.procs import COLUMNS
+    from kvmtool.cli.listing import Listing
     from kvmtool.cli.space import REGION_COLUMNS
 
     parts = [
@@ -81,13 +82,11 @@ def fields_page() -> str:
         'field that could not be read is `{"unreadable": "why"}`; null says that there is none.',
         "",
     ]
-    tables = {
-        "procs": COLUMNS,
-        "kexts": KEXT_COLUMNS,
-        "kernels": KERNEL_COLUMNS,
-        "regions": REGION_COLUMNS,
-    }
-    for name, columns in tables.items():
+    tables = {"kexts": KEXT_COLUMNS, "kernels": KERNEL_COLUMNS, "regions": REGION_COLUMNS}
+    for name in sorted({module for module, _ in cli.COMMANDS.values()}):
+        module = import_module(f"kvmtool.cli.{name}")
+        tables |= {x.name: x.columns for x in vars(module).values() if isinstance(x, Listing)}
+    for name, columns in sorted(tables.items()):
         parts += [f"## {name}\n", "| name | heading | kind |\n|---|---|---|"]
         parts += [f"| `{c.name}` | {c.heading} | {c.kind} |" for c in columns]
         parts.append("")

@@ -6,22 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvmtool.cli import PARTIAL, say
-from kvmtool.cli.opening import opened
-from kvmtool.cli.params import (
-    Where,
-    choose_columns,
-    columns_option,
-    core_argument,
-    format_option,
-    kernel_options,
-)
-from kvmtool.cli.render import Column, render
+from kvmtool.cli.listing import Listing, listing_options, opened
+from kvmtool.cli.render import Column
 from kvmtool.unreadable import Unreadable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from kvmtool.cli.params import Where
     from kvmtool.xnu.proc import Proc
 
 
@@ -75,7 +67,12 @@ COLUMNS = (
     Column("session", "SESS", "address"),
     Column("lists", "LISTS", "list"),
 )
-_DEFAULT = ("pid", "ppid", "pgid", "uid", "login", "tty", "state", "start", "command")
+LISTING = Listing(
+    "procs",
+    "processes",
+    COLUMNS,
+    ("pid", "ppid", "pgid", "uid", "login", "tty", "state", "start", "command"),
+)
 _STORED = tuple(c.name for c in COLUMNS if c.name not in ("start_raw", "command"))
 
 
@@ -180,11 +177,7 @@ def _rows(procs: Iterable[Proc], tree: bool) -> Iterator[dict[str, Any]]:
 @click.option("--tty", help="Only this terminal: ttys000, s000, console.")
 @click.option("--user", help="Only this effective uid, or this login name.")
 @click.option("--tree", is_flag=True, help="Parents first, drawn as a tree.")
-@click.option("--layout", metavar="NAME", help="Use this structure layout; info says which it is.")
-@columns_option
-@format_option
-@kernel_options
-@core_argument
+@listing_options
 def procs(
     pid: tuple[int, ...],
     pgid: int | None,
@@ -208,24 +201,8 @@ def procs(
     """
     from kvmtool.xnu.queues import Report
 
-    default = _DEFAULT if format == "table" else ()
-    chosen = choose_columns(COLUMNS, columns, default)
     kvm = opened(where, layout)
     report = Report()
     checks = _filters(pid, pgid, sid, tty, user)
     found = (proc for proc in kvm.procs(report) if all(check(proc) for check in checks))
-    unreadable = 0
-
-    def counted() -> Iterator[dict[str, Any]]:
-        nonlocal unreadable
-        for row in _rows(found, tree):
-            unreadable += any(isinstance(row[column.name], Unreadable) for column in chosen)
-            yield row
-
-    render(counted(), chosen, format)
-    for text in (*report.notes, *report.stops):
-        say(text)
-    if unreadable:
-        say(f"{unreadable} processes have fields that could not be read")
-    if report.partial or unreadable:
-        click.get_current_context().exit(PARTIAL)
+    LISTING.show(_rows(found, tree), columns, format, report)

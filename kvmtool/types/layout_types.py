@@ -1,11 +1,13 @@
 """The built-in layouts as C types: where every member lies, and what it is where that is known.
 
 The database keeps offsets. A member's bytes that nothing is known of are `Opaque`, as long as the
-distance to what comes next; dotted names ("p_list.le_next") become structures in structures.
+distance to what comes next; dotted names ("p_list.le_next") become structures in structures. What
+never changed is not in the database but in `fixed`.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from kvmtool.types.ctype import Compound, Field, Opaque
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from kvmtool.types.ctype import CType
+    from kvmtool.types.fixed import FixedTypes
     from kvmtool.types.flatten import Member, Struct
 
 
@@ -41,7 +44,7 @@ class LayoutTypes:
         """The structure of that tag or typedef name, as the database has it."""
         tag = name if name in self._tags else self._aliases.get(name, name)
         if tag not in self._tags:
-            return None
+            return self._fixed.flat(name)
         if tag not in self._flat:
             self._flat[tag] = self._load(tag)
         return self._flat[tag]
@@ -52,7 +55,13 @@ class LayoutTypes:
             return _compound(self._load(name))
         if kind == "typedef" and self._aliases.get(name) in self._tags:
             return self.find("tag", self._aliases[name])
-        return None
+        return self._fixed.find(kind, name)
+
+    @cached_property
+    def _fixed(self) -> FixedTypes:
+        from kvmtool.types.fixed import FixedTypes
+
+        return FixedTypes(self.pointer_size)
 
     def names(self, kind: str) -> Iterable[str]:
         """See `TypeSource.names`."""

@@ -70,7 +70,7 @@ class TypeTable:
         """
         from kvmtool.types.type_names import parse_type
 
-        return parse_type(text, self)
+        return parse_type(text, self.source)
 
     def variable(self, name: str) -> CType | None:
         """The type of the kernel variable or function `name` (with or without its underscore)."""

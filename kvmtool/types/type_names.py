@@ -15,7 +15,7 @@ from kvmtool.types.near import near_misses
 
 if TYPE_CHECKING:
     from kvmtool.types.ctype import CType
-    from kvmtool.types.model import TypeTable
+    from kvmtool.types.model import TypeSource
 
 _TOKEN = re.compile(r"\s*([A-Za-z_$][\w$:]*|\*|\[|\]|0[xX][0-9a-fA-F]{1,16}|[0-9]{1,18})")
 _QUALIFIERS = ("const", "volatile", "restrict", "_Atomic")
@@ -24,18 +24,18 @@ _BASE_WORDS = ("signed", "unsigned", "char", "short", "int", "long", "float", "d
 _POINTERS_LIMIT = 8
 
 
-def parse_type(text: str, table: TypeTable) -> CType:
-    """The type that `text` names in `table`.
+def parse_type(text: str, source: TypeSource) -> CType:
+    """The type that `text` names in `source`.
 
     Raises: NotFoundError("type") with near misses; `KvmError` for what is no type's name.
     """
     tokens = _tokens(text)
-    found, rest = _specifier(tokens, text, table)
+    found, rest = _specifier(tokens, text, source)
     stars = 0
     while rest and (rest[0] == "*" or rest[0] in _QUALIFIERS):
         if rest[0] == "*":
             stars += 1
-            found = Pointer(found, table.source.pointer_size)
+            found = Pointer(found, source.pointer_size)
         else:
             found = Qualified(rest[0], found)
         rest = rest[1:]
@@ -56,7 +56,7 @@ def _tokens(text: str) -> list[str]:
     return tokens
 
 
-def _specifier(tokens: list[str], text: str, table: TypeTable) -> tuple[CType, list[str]]:
+def _specifier(tokens: list[str], text: str, source: TypeSource) -> tuple[CType, list[str]]:
     """The type before the stars, and the tokens from there on."""
     qualifiers, words = [], []
     at = 0
@@ -68,15 +68,14 @@ def _specifier(tokens: list[str], text: str, table: TypeTable) -> tuple[CType, l
         at += 1
     if not words:
         raise KvmError(f"{text!r}: expected the name of a type")
-    found = _named(words, table)
+    found = _named(words, source)
     for qualifier in reversed(qualifiers):
         found = Qualified(qualifier, found)
     return found, tokens[at:]
 
 
-def _named(words: list[str], table: TypeTable) -> CType:
+def _named(words: list[str], source: TypeSource) -> CType:
     name = " ".join(words)
-    source = table.source
     if words == ["void"]:
         return Void()
     if words[0] in _TAGS and len(words) == 2:
@@ -91,7 +90,7 @@ def _named(words: list[str], table: TypeTable) -> CType:
         if found is not None:
             return found
     known = {other for kind in kinds for other in source.names(kind)}
-    hint = f"types are those of {table.name}"
+    hint = f"types are those of {source.name}"
     raise NotFoundError("type", " ".join(words), near_misses(name, sorted(known)), hint)
 
 

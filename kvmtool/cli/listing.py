@@ -1,0 +1,85 @@
+"""What the commands that list kernel objects have in common: rows, columns, what stopped."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import click
+
+from kvmtool.cli import PARTIAL, say
+from kvmtool.cli.opening import opened
+from kvmtool.cli.params import (
+    choose_columns,
+    columns_option,
+    core_argument,
+    format_option,
+    kernel_options,
+)
+from kvmtool.cli.render import render
+from kvmtool.unreadable import Unreadable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from kvmtool.cli.params import Command
+    from kvmtool.cli.render import Column
+    from kvmtool.xnu.queues import Report
+
+
+class Listing(NamedTuple):
+    """A table of kernel objects: the command's `name` ("procs"), `what` it lists ("processes").
+
+    `columns` are all there are, `shown` the names of those in a table without -o. docs/fields.md
+    is made from these.
+    """
+
+    name: str
+    what: str
+    columns: Sequence[Column]
+    shown: Sequence[str]
+
+    def show(
+        self,
+        rows: Iterable[Mapping[str, Any]],
+        chosen: Sequence[str],
+        format: str,
+        report: Report,
+    ) -> None:
+        """Write the rows as they come; then say what stopped, and exit 3 if anything is missing.
+
+        `chosen` are the columns of -o; without them a table shows `shown`, other formats all.
+        """
+        columns = choose_columns(self.columns, chosen, self.shown if format == "table" else ())
+        unreadable = 0
+
+        def counted() -> Iterator[Mapping[str, Any]]:
+            nonlocal unreadable
+            for row in rows:
+                unreadable += any(isinstance(row[column.name], Unreadable) for column in columns)
+                yield row
+
+        render(counted(), columns, format)
+        finish(report, unreadable, self.what)
+
+
+def finish(report: Report, unreadable: int = 0, what: str = "rows") -> None:
+    """Say on stderr what a walk met; exit status 3 if it or a field was cut short."""
+    for text in (*report.notes, *report.stops):
+        say(text)
+    if unreadable:
+        say(f"{unreadable} {what} have fields that could not be read")
+    if report.partial or unreadable:
+        click.get_current_context().exit(PARTIAL)
+
+
+def listing_options(command: Command) -> Command:
+    """-o, --format, --layout and the kernel's options, for a command that makes a `Listing`."""
+    layout = click.option(
+        "--layout", metavar="NAME", help="Use this structure layout; info says which it is."
+    )
+    for option in (core_argument, kernel_options, format_option, columns_option, layout):
+        command = option(command)
+    return command
+
+
+__all__ = ["Listing", "finish", "listing_options", "opened"]

@@ -1,0 +1,108 @@
+"""Structures that every XNU has alike, written as C writes them and laid out as its compilers do.
+
+The database of layouts keeps what changes from release to release. These have stood as they are
+since 10.4 but for the width of a pointer, so their declaration is enough: of one that grew at its
+end, the members it always had. Each names its header.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import TYPE_CHECKING
+
+from kvmtool.types.ctype import Array, Base, Compound, CType, Field, Pointer, unqualified
+from kvmtool.types.flatten import flatten
+from kvmtool.types.type_names import parse_type
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from kvmtool.types.flatten import Struct
+
+DECLARATIONS = """
+/* bsd/sys/sysctl.h; oid_link is a SLIST_ENTRY; 10.6 added more at the end */
+struct sysctl_oid {
+    void *oid_parent; struct sysctl_oid *oid_link; int oid_number; unsigned int oid_kind;
+    void *oid_arg1; int oid_arg2; char *oid_name; void *oid_handler; char *oid_fmt;
+};
+/* osfmk/kern/queue.h */
+struct queue_entry { struct queue_entry *next; struct queue_entry *prev; };
+"""
+_STRUCT = re.compile(r"struct (\w+) \{(.*?)\};", re.DOTALL)
+_COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
+_MEMBER = re.compile(r"(.*?[\s*])(\w+)((?:\[\d+\])*)$", re.DOTALL)
+
+
+class FixedTypes:
+    """A `TypeSource` of `DECLARATIONS` for one pointer size (4: the i386 ABI's alignment)."""
+
+    name = "fixed"
+    origin = "structures that no release changed"
+    byteorder = "<"
+
+    def __init__(self, pointer_size: int) -> None:
+        """Parses nothing but the names."""
+        self.pointer_size = pointer_size
+        self._texts = dict(_STRUCT.findall(_COMMENT.sub("", DECLARATIONS)))
+        self._made: dict[str, Compound] = {}
+
+    def find(self, kind: str, name: str) -> CType | None:
+        """See `TypeSource.find`."""
+        if kind != "tag" or name not in self._texts:
+            return None
+        if name not in self._made:
+            self._made[name] = self._lay_out(name)
+        return self._made[name]
+
+    def flat(self, name: str) -> Struct | None:
+        """The structure with that tag, flattened; None if it is not one of these."""
+        found = self.find("tag", name)
+        return flatten(found) if isinstance(found, Compound) else None
+
+    def names(self, kind: str) -> Iterable[str]:
+        """See `TypeSource.names`."""
+        return self._texts if kind == "tag" else ()
+
+    def variable(self, name: str) -> CType | None:
+        """None: these are types only."""
+        return None
+
+    def _lay_out(self, tag: str) -> Compound:
+        fields, at, widest = [], 0, 1
+        for text in filter(None, map(str.strip, self._texts[tag].split(";"))):
+            member = _MEMBER.match(text)
+            assert member is not None, f"struct {tag}: {text}"
+            kind = self._type(member.group(1).strip() + member.group(3))
+            size, align = kind.size or 0, self._alignment(kind)
+            at = -(-at // align) * align
+            fields.append(Field(member.group(2), kind, at))
+            at, widest = at + size, max(widest, align)
+        return Compound("struct", tag, -(-at // widest) * widest, fields)
+
+    def _type(self, text: str) -> CType:
+        pointer = re.match(r"struct \w+ (\*+)$", text)
+        if pointer is None:
+            return parse_type(text, self)
+        # a structure may point at itself, or at one that is declared elsewhere
+        tag = text.split()[1]
+        kind: CType = Pointer(
+            functools.partial(self._pointed, tag),
+            self.pointer_size,
+        )
+        for _ in pointer.group(1)[1:]:
+            kind = Pointer(kind, self.pointer_size)
+        return kind
+
+    def _pointed(self, tag: str) -> CType:
+        return self.find("tag", tag) or Compound("struct", tag, None)
+
+    def _alignment(self, ctype: CType) -> int:
+        found = unqualified(ctype)
+        if isinstance(found, Array):
+            return self._alignment(found.target)
+        if isinstance(found, Compound):
+            return max((self._alignment(field.type) for field in found.fields), default=1)
+        if isinstance(found, (Base, Pointer)):
+            return min(found.size, 8 if self.pointer_size == 8 else 4)
+        return 1
