@@ -29,6 +29,7 @@ COMMANDS = {
     "kernels": ("images", "The kernels in the directories of --kernel-path, by UUID."),
     "kexts": ("images", "The kexts in a kernel's image."),
     "mount": ("devices", "The kernel's memory as files: kmem, mem, symbols."),
+    "mounts": ("mounts", "The mounted file systems, as mount shows them."),
     "nlist": ("symbols", "Look symbols up, as kvm_nlist does."),
     "procs": ("procs", "List the processes, as ps does."),
     "read": ("memory", "Read kernel memory."),
