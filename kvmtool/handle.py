@@ -17,7 +17,7 @@ from kvmtool.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from types import TracebackType
 
     from kvmtool.arch import Arch
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from kvmtool.source import Source
     from kvmtool.symbols import Symbol, SymbolTable
     from kvmtool.target import Target
+    from kvmtool.type_files import Found
     from kvmtool.types.layouts import Choice
+    from kvmtool.types.model import TypeTable
     from kvmtool.way_in import Way
     from kvmtool.xnu.kinfo import KinfoProc
     from kvmtool.xnu.layout_check import Verdict
@@ -70,12 +72,15 @@ class Kvm:
         """Use `open`; this only puts the parts together. Takes over `sources` to close them."""
         self.dump, self.arch = dump, arch
         self.layout_name: str | None = None
+        self.types_file: str | None = None
+        self.kernel_path: Sequence[str] | None = None
+        self.force = False
         self.kext_files: tuple[tuple[str, int], ...] = ()
         self.physical: Memory | None = None
         self.way: Way | None = None
         self._make_memory, self._make_parts = memory, parts
         self._sources = sources
-        self._closed = False
+        self._closed = self._told = False
 
     @cached_property
     def _parts(self) -> Parts:
@@ -277,18 +282,60 @@ class Kvm:
         return found if found is not None or self.facts is None else self.facts.version
 
     @cached_property
-    def layouts(self) -> list[Choice]:
-        """The structure layouts that may fit this kernel, the likeliest first, and why these.
+    def exact_types(self) -> Found | None:
+        """This very kernel's types: from the file the user named, else wherever they were found.
 
-        Raises `NotFoundError` when the database has none for this kernel's machine.
+        Raises what `type_files.open_types` raises for the file the user named.
         """
-        from kvmtool.types import layouts
+        from kvmtool.macho import arch_name
+        from kvmtool.type_files import KernelIdentity, find_types, open_types
 
-        if self.layout_name is not None:
-            table = layouts.table(self.layout_name)
-            return [layouts.Choice(table, f"layout {table.name}, named by the user", False)]
-        banner = layouts.parse_banner(self.version) if self.version else None
-        return layouts.candidates(banner.xnu if banner else None, self.arch.layouts)
+        image, file = self.kernel, self._parts.file
+        said = (image.uuid if image else None, self.boot.uuid if self.boot else None)
+        kernel = KernelIdentity(
+            arch_name(image.cputype, image.cpusubtype) if image else self.arch.name,
+            self.arch.byteorder,
+            self.arch.pointer_size,
+            next((uuid for uuid in said if uuid), None),
+            self.version,
+        )
+        if self.types_file is not None:
+            found: Found | None = open_types(self.types_file, kernel, self.force)
+        else:
+            path = file.path if file else None
+            found = find_types(image, path, kernel, self.kernel_path)
+        self._sources += found.held if found is not None else ()
+        return found
+
+    @cached_property
+    def layouts(self) -> list[Choice]:
+        """The types that may fit this kernel, the likeliest first, and why these.
+
+        Exact ones come first. Raises `NotFoundError` when there are none, and the database has
+        none for this kernel's machine.
+        """
+        from kvmtool.type_choice import choices
+
+        named = self.types_file is not None
+        exact = self.exact_types if self.layout_name is None or named else None
+        return choices(self.arch, self.version, self.layout_name, exact, named)
+
+    @property
+    def type_choice(self) -> Choice:
+        """The types that are used, and in one sentence which these are and why.
+
+        Of a dump those that fit its memory. Raises as `layouts`, and `MismatchError` when none of
+        them fits.
+        """
+        return self.layouts[0] if self.dump is None else self._fitting()[0]
+
+    @property
+    def types(self) -> TypeTable:
+        """The kernel's types: exact ones where they were found, else the built-in layout.
+
+        Raises as `type_choice`.
+        """
+        return self.type_choice.table
 
     @cached_property
     def tried(self) -> list[tuple[Choice, Target, Verdict]]:
@@ -318,16 +365,26 @@ class Kvm:
             )
         if not len(self.symbols) and self.symbols.hint:
             raise NotFoundError("symbol", "_allproc", hint=self.symbols.hint)
+        return self._fitting()[1]
+
+    def _fitting(self) -> tuple[Choice, Target]:
+        """The types that fit; raises and warns as `verified_target`."""
         choice, target, verdict = self.tried[-1]
         if verdict.fits is False:
             reasons = "; ".join(f"{choice.how}: {verdict.why}" for choice, _, verdict in self.tried)
             raise MismatchError(
                 f"no structure layout fits this kernel ({self.version or 'no banner'}): {reasons}"
             )
-        if verdict.fits is None:
-            text = f"layout {choice.table.name} is not verified: {verdict.why}"
-            warnings.warn(text, KvmWarning, stacklevel=2)
-        return target
+        if not self._told:
+            self._told = True
+            if verdict.fits is None:
+                text = f"layout {choice.table.name} is not verified: {verdict.why}"
+                warnings.warn(text, KvmWarning, stacklevel=3)
+            passed_over = self.tried[0]
+            if passed_over[0].exact and not choice.exact:
+                text = f"{passed_over[0].how}: do not fit, {passed_over[2].why}"
+                warnings.warn(f"{text}; {choice.how}", KvmWarning, stacklevel=3)
+        return choice, target
 
     def procs(self, report: Report | None = None) -> Iterator[Proc]:
         """Every process; what stopped or disagreed goes into `report`. See `xnu.proc.procs`."""

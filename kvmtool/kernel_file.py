@@ -16,10 +16,14 @@ if TYPE_CHECKING:
 
 
 class KernelFile(NamedTuple):
-    """A kernel's file, peeled: the outermost Mach-O in it, and the layers taken off before."""
+    """A kernel's file, peeled: the outermost Mach-O in it, and the layers taken off before.
+
+    `path` is the file's own, as it was given.
+    """
 
     image: MachO
     layers: tuple[Layer, ...]
+    path: str
 
     @property
     def kernel(self) -> MachO:
@@ -48,4 +52,4 @@ def open_kernel(path: str, arch: str | None = None) -> KernelFile:
             warnings.warn(f"{path}: {text}", KvmWarning, stacklevel=3)
     if image.filetype == macho.MH_CORE:
         raise FormatError(path, 12, "this is a core, expected a kernel: name it with -M instead")
-    return KernelFile(image, layers)
+    return KernelFile(image, layers, path)

@@ -71,6 +71,11 @@ def find_kernel(uuid: bytes, option: Sequence[str] | None) -> KnownFile | None:
     return kernel_index.find(uuid, kernel_index.search_path(option), "kernel", _OPENERS)
 
 
+def find_debug_file(uuid: bytes, option: Sequence[str] | None) -> KnownFile | None:
+    """The dSYM's Mach-O of that UUID there."""
+    return kernel_index.find(uuid, kernel_index.search_path(option), "dSYM", _OPENERS)
+
+
 def survey(option: Sequence[str] | None) -> Survey:
     """All that lies in these directories, and what could not be read there."""
     return kernel_index.survey(kernel_index.search_path(option), _OPENERS)

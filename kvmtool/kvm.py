@@ -48,6 +48,7 @@ def open(  # noqa: A001  kvmtool.open() reads as what it does
     force: bool = False,
     format: str | None = None,
     layout: str | None = None,
+    types: str | None = None,
     arch: str | None = None,
     kexts: Sequence[tuple[str, int]] = (),
     kernel_path: Sequence[str] | None = None,
@@ -60,7 +61,8 @@ def open(  # noqa: A001  kvmtool.open() reads as what it does
     the directories of `kernel_path` (KVMTOOL_KERNEL_PATH by default), else the one in the dump's
     own memory is used. `slide` (bytes) overrides what would be found; `force` goes on although
     kernel and dump do not belong together; `format` names the container; `layout` a layout of the
-    database; `arch` the slice of a fat file, by default the dump's; `kexts` are kext files and the
+    database, and `types` a file with the kernel's types (dSYM, CTF, ISF, a Volatility 2 profile);
+    `arch` the slice of a fat file, by default the dump's; `kexts` are kext files and the
     addresses they are loaded at; `progress` is told bytes done and bytes in all while memory is
     searched for the kernel.
 
@@ -75,7 +77,8 @@ def open(  # noqa: A001  kvmtool.open() reads as what it does
         kvm = _open_dump(
             _Wanted(kernel, core, slide, force, format, arch, kernel_path, progress, mapped)
         )
-    kvm.layout_name = layout
+    kvm.layout_name, kvm.types_file = layout, types
+    kvm.kernel_path, kvm.force = kernel_path, force
     kvm.kext_files = tuple(kexts)
     return kvm
 

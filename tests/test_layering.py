@@ -72,6 +72,7 @@ LAYERS = (
         ),
     ),
     ("types", ("types",)),
+    ("type files", ("type_files", "type_choice")),
     ("target", ("target",)),
     ("kernel objects", ("xnu",)),
     ("handle", ("container", "handle", "kvm", "libkvm", "sample", "convert")),

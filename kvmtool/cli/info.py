@@ -170,10 +170,12 @@ def _page_tables(kvm: Kvm) -> tuple[str | None, int | None, list[str]]:
 
 
 def layout_facts(kvm: Kvm) -> list[dict[str, Any]]:
-    """The structure layouts held against the kernel, and what came of it."""
+    """The types held against the kernel's memory, and what came of it."""
     from kvmtool.errors import NotFoundError
 
     try:
+        if kvm.dump is None:
+            return [_untried(kvm)]
         tried = kvm.tried
     except NotFoundError as error:
         return [{"layout": None, "how": str(error), "fits": False, "why": "none to try"}]
@@ -187,6 +189,17 @@ def layout_facts(kvm: Kvm) -> list[dict[str, Any]]:
         }
         for choice, _, verdict in tried
     ]
+
+
+def _untried(kvm: Kvm) -> dict[str, Any]:
+    choice = kvm.type_choice
+    return {
+        "layout": choice.table.name,
+        "origin": choice.table.origin,
+        "how": choice.how,
+        "fits": None,
+        "why": "a kernel's file has no memory to hold it against",
+    }
 
 
 def container_facts(dump: Format) -> dict[str, Any] | None:
@@ -214,7 +227,9 @@ def gather(kvm: Kvm) -> dict[str, Any]:
     """The whole answer, as JSON has it."""
     dump = kvm.dump
     facts: dict[str, Any] = {"kernel": kernel_facts(kvm)}
-    if dump is not None:
+    if dump is None:
+        facts["layouts"] = layout_facts(kvm)
+    else:
         facts["container"] = container_facts(dump)
         facts["core"] = core_facts(kvm, dump)
         facts["slide"] = slide_facts(kvm)
@@ -284,11 +299,10 @@ def _table_lines(rows: list[dict[str, Any]]) -> list[str]:
 
 
 @click.command()
-@click.option("--layout", metavar="NAME", help="Try this structure layout.")
 @format_option
 @kernel_options
 @core_argument
-def info(format: str, layout: str | None, where: Where) -> None:
+def info(format: str, where: Where) -> None:
     """Show everything known: files, formats, UUIDs, banner, slide and how it was found, threads.
 
     Holds no memory contents beyond names, the banner and the panic log.
@@ -297,7 +311,7 @@ def info(format: str, layout: str | None, where: Where) -> None:
     Example:
       kvmtool info -N mach_kernel -M core
     """
-    facts = gather(opened(where, layout))
+    facts = gather(opened(where))
     if format == "table":
         show(facts)
     else:

@@ -73,11 +73,8 @@ def finish(report: Report, unreadable: int = 0, what: str = "rows") -> None:
 
 
 def listing_options(command: Command) -> Command:
-    """-o, --format, --layout and the kernel's options, for a command that makes a `Listing`."""
-    layout = click.option(
-        "--layout", metavar="NAME", help="Use this structure layout; info says which it is."
-    )
-    for option in (core_argument, kernel_options, format_option, columns_option, layout):
+    """-o, --format and the kernel's options, for a command that makes a `Listing`."""
+    for option in (core_argument, kernel_options, format_option, columns_option):
         command = option(command)
     return command
 

@@ -38,7 +38,7 @@ class _Progress:
             click.echo("\r" + " " * len(self._shown) + "\r", nl=False, err=True)
 
 
-def opened(where: Where, layout: str | None = None, mapped: bool = True) -> Kvm:
+def opened(where: Where, mapped: bool = True) -> Kvm:
     """The kernel the user named; closed when the command ends. Raises what `kvmtool.open` does."""
     bar = _Progress() if sys.stderr.isatty() else None
     kvm = open_kvm(
@@ -47,7 +47,8 @@ def opened(where: Where, layout: str | None = None, mapped: bool = True) -> Kvm:
         slide=where.slide,
         force=where.force,
         format=where.format_name,
-        layout=layout,
+        layout=where.layout,
+        types=where.types,
         arch=where.arch,
         kexts=where.kexts,
         kernel_path=where.kernel_path or None,

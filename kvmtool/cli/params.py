@@ -230,6 +230,8 @@ class Where(NamedTuple):
     force: bool = False
     kexts: tuple[tuple[str, int], ...] = ()  # files, and the addresses they are loaded at
     kernel_path: tuple[str, ...] = ()  # directories with kernels; none: KVMTOOL_KERNEL_PATH
+    types: str | None = None  # a file with the kernel's types
+    layout: str | None = None  # the name of a built-in layout
 
 
 _KERNEL_OPTIONS = (
@@ -280,11 +282,24 @@ _KERNEL_OPTIONS = (
         multiple=True,
         help="Look here for the core's kernel, by UUID (or KVMTOOL_KERNEL_PATH). Repeatable.",
     ),
+    click.option(
+        "--types",
+        type=click.Path(),
+        metavar="FILE",
+        envvar="KVMTOOL_TYPES",
+        show_envvar=True,
+        help="The kernel's types: a dSYM, CTF, ISF, a Volatility 2 profile.",
+    ),
+    click.option(
+        "--layout",
+        metavar="NAME",
+        help="Use this built-in structure layout; info says which it is.",
+    ),
 )
 
 
 def kernel_options(command: Command) -> Command:
-    """-N, -M, --slide, --arch, --core-format and --force, as the one argument `where`.
+    """-N, -M, --slide and what else says which kernel, as the one argument `where`.
 
     For the group as for its commands: what is typed after the command wins over what is typed
     before it, and that over the environment.

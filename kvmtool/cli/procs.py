@@ -185,7 +185,6 @@ def procs(
     tty: str | None,
     user: str | None,
     tree: bool,
-    layout: str | None,
     columns: tuple[str, ...],
     format: str,
     where: Where,
@@ -201,7 +200,7 @@ def procs(
     """
     from kvmtool.xnu.queues import Report
 
-    kvm = opened(where, layout)
+    kvm = opened(where)
     report = Report()
     checks = _filters(pid, pgid, sid, tty, user)
     found = (proc for proc in kvm.procs(report) if all(check(proc) for check in checks))

@@ -82,14 +82,15 @@ class TypeTable:
 
         Raises: NotFoundError("structure") with near misses.
         """
-        found = self._struct(name)
+        found = self.find_struct(name)
         if found is None:
             known = {*self.source.names("tag"), *self.source.names("typedef")}
             near = near_misses(name, sorted(known))
             raise NotFoundError("structure", name, near, f"types are those of {self.name}")
         return found
 
-    def _struct(self, name: str) -> Struct | None:
+    def find_struct(self, name: str) -> Struct | None:
+        """As `struct`, but None where there is no such structure."""
         if name not in self._loaded:
             self._loaded[name] = self._flat(name)
         return self._loaded[name]
@@ -104,7 +105,7 @@ class TypeTable:
 
     def has(self, struct: str, member: str | None = None) -> bool:
         """Whether there is such a structure, and such a member in it (bit-fields included)."""
-        found = self._struct(struct)
+        found = self.find_struct(struct)
         return found is not None and (member is None or member in found.members)
 
     def offset(self, struct: str, member: str) -> int:
