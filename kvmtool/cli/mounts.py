@@ -47,7 +47,7 @@ def row_of(mount: Mount) -> dict[str, Any]:
 
 @click.command()
 @listing_options
-def mounts(where: Where, layout: str | None, columns: tuple[str, ...], format: str) -> None:
+def mounts(where: Where, columns: tuple[str, ...], format: str) -> None:
     """List the mounted file systems, as mount does.
 
     Sizes are in blocks of BSIZE bytes, as the kernel keeps them.
@@ -59,6 +59,6 @@ def mounts(where: Where, layout: str | None, columns: tuple[str, ...], format: s
     from kvmtool.xnu.mount import mounts as walk
     from kvmtool.xnu.queues import Report
 
-    target = opened(where, layout).verified_target()
+    target = opened(where).verified_target()
     report = Report()
     LISTING.show(map(row_of, walk(target, report)), columns, format, report)
