@@ -353,11 +353,7 @@ class Kvm:
                 break
         return tried
 
-    def verified_target(self) -> Target:
-        """The kernel with types that fit it.
-
-        Raises `MismatchError` when they do not; warns when the memory that would tell is missing.
-        """
+    def _need_memory(self) -> None:
         if self.dump is None:
             raise UnsupportedError(
                 f"{self.kernel.source.name if self.kernel else 'the kernel'} is a kernel file, "
@@ -365,6 +361,13 @@ class Kvm:
             )
         if not len(self.symbols) and self.symbols.hint:
             raise NotFoundError("symbol", "_allproc", hint=self.symbols.hint)
+
+    def verified_target(self) -> Target:
+        """The kernel with types that fit it.
+
+        Raises `MismatchError` when they do not; warns when the memory that would tell is missing.
+        """
+        self._need_memory()
         return self._fitting()[1]
 
     def _fitting(self) -> tuple[Choice, Target]:
@@ -385,6 +388,16 @@ class Kvm:
                 text = f"{passed_over[0].how}: do not fit, {passed_over[2].why}"
                 warnings.warn(f"{text}; {choice.how}", KvmWarning, stacklevel=3)
         return choice, target
+
+    def nearest_target(self) -> Target:
+        """The kernel with the types likeliest to fit, held against nothing.
+
+        For structures that hardly ever changed and whose readers check what they find. Raises as
+        `verified_target`, but for the mismatch.
+        """
+        self._need_memory()
+        fitting = [target for _, target, verdict in self.tried if verdict.fits is not False]
+        return fitting[0] if fitting else self.tried[0][1]
 
     def procs(self, report: Report | None = None) -> Iterator[Proc]:
         """Every process; what stopped or disagreed goes into `report`. See `xnu.proc.procs`."""

@@ -53,6 +53,12 @@ class Target:
         value: int = self._int.unpack(self.memory.read(address, 4))[0]
         return value
 
+    def unsigned(self, address: int, code: str) -> int:
+        """The unsigned integer of `struct` code B, H, I or Q at `address`. Raises `FaultError`."""
+        layout = Struct(self.arch.byteorder + code)
+        value: int = layout.unpack(self.memory.read(address, layout.size))[0]
+        return value
+
     def text(self, address: int, limit: int = 1024) -> str:
         """The C string at `address`; bytes that are not UTF-8 become lone surrogates."""
         return read_cstring(self.memory, address, limit).decode("utf-8", "surrogateescape")
@@ -128,6 +134,9 @@ class Record:
         return values
 
 
+_WIDTHS = ((8, "Q"), (4, "I"), (2, "H"), (1, "B"))
+
+
 def _codes(arch: Arch, code: str) -> str:
     wide = arch.pointer_size == 8
     if code == "P":
@@ -148,6 +157,17 @@ def record(
             for name, (code, *members) in wanted.items()
         },
     )
+
+
+def unsigned(types: TypeTable, struct: str, member: str) -> str:
+    """The `struct` code of an unsigned member as wide as its room before the next one allows.
+
+    For integers whose width changed from release to release. Raises `NotFoundError`.
+    """
+    members = types.struct(struct).members.values()
+    at = types.offset(struct, member)
+    end = min((m.offset for m in members if m.offset > at), default=types.size(struct))
+    return next(code for size, code in _WIDTHS if size <= end - at or size == 1)
 
 
 def offset_of(types: TypeTable, struct: str, *members: str) -> int | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvmtool.errors import FaultError
-from kvmtool.target import record
+from kvmtool.target import record, unsigned
 from kvmtool.unreadable import Unreadable
 from kvmtool.xnu.mount import MountReader
 
@@ -64,7 +64,9 @@ class VnodeReader:
     def __init__(self, target: Target) -> None:
         """Compiles what this kernel's layout has of vnode and mount."""
         self.target = target
-        fields = {**_FIELDS, "type": (_type_code(target), "v_type")}
+        # an enum in 10.4, 16 bits from 10.5, a byte from xnu-11417 (15.5)
+        kind = unsigned(target.types, "vnode", "v_type")
+        fields = {**_FIELDS, "type": (kind, "v_type")}
         self._record = record(target, "vnode", fields)
         self.mounts = MountReader(target)
         self._raw: dict[int, dict[str, Any]] = {}
@@ -142,14 +144,6 @@ class VnodeReader:
             except FaultError as fault:
                 self._names[address] = Unreadable(f"{fault.reason} at {fault.address:#x}")
         return self._names[address]
-
-
-def _type_code(target: Target) -> str:
-    """How wide v_type is: an enum in 10.4, 16 bits from 10.5, a byte from xnu-11417 (15.5)."""
-    members = target.types.struct("vnode").members
-    at = members["v_type"].offset
-    room = min((m.offset for m in members.values() if m.offset > at), default=at + 2) - at
-    return "I" if room >= 4 else "H" if room >= 2 else "B"
 
 
 def _unreadable(raw: dict[str, Any]) -> Unreadable | None:
