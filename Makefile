@@ -2,7 +2,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-FORMS := macho-core,elf,elf-paging,kdump-zlib,raw,lime,gdb,mount
+FORMS := macho-core,elf,elf-paging,kdump-zlib,makedumpfile,makedumpfile-zlib,makedumpfile-lzo,raw,lime,gdb,mount
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

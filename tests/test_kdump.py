@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 import random
 import shutil
 import struct
+import sys
 import time
-from types import SimpleNamespace
 
 import pytest
+from builders import halted, physical
 from builders import kdump as build
-from builders import physical
 from builders.kdump import LZO, SNAPPY, ZLIB, ZSTD, Stored
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,7 +25,6 @@ from kvmtool.formats.flattened import Flattened, FlattenedSource
 from kvmtool.formats.kdump import Kdump
 from kvmtool.formats.kdump_pages import PageSource
 from kvmtool.source import BytesSource, FileSource
-from tests.inputs import ROOT
 
 PAGE = 4096
 
@@ -49,49 +49,56 @@ def regions(dump) -> list[tuple[int, int]]:
 
 @pytest.fixture(scope="module", params=["x86_64", "i386"])
 def stopped(request, tmp_path_factory):
-    """An ELF core and a kdump of one stopped machine, by the machine `make machine` has built."""
-    from tests.machine.vm import Vm
+    """A machine with the embedded sample's memory, dumped by QEMU in every form it offers."""
+    if shutil.which(f"qemu-system-{request.param}") is None:
+        pytest.skip(f"no qemu-system-{request.param} (Debian: qemu-system-x86)")
+    return halted.dump(request.param, str(tmp_path_factory.mktemp(request.param)))
 
-    arch = request.param
-    built = os.path.join(ROOT, "build", "machine", arch)
-    paths = [os.path.join(built, name) for name in ("mach_kernel", "org.kvmtool.machine.mmread")]
-    if not all(map(os.path.exists, paths)) or shutil.which(f"qemu-system-{arch}") is None:
-        pytest.skip(f"no machine for {arch}: make machine")
-    folder = str(tmp_path_factory.mktemp(arch))
-    kernel, kext = (shutil.copy(path, folder) for path in paths)
-    elf, kdump = (os.path.join(folder, name) for name in ("elf", "kdump"))
-    with Vm(arch, SimpleNamespace(kernel=kernel, kext=kext), folder) as vm:
-        vm.boot()
-        vm.monitor("dump-guest-memory", protocol=f"file:{elf}", paging=False)
-        vm.monitor("dump-guest-memory", protocol=f"file:{kdump}", paging=False, format="kdump-zlib")
-        root = int(vm.said("machine")[0]["root"], 16)
-    return SimpleNamespace(elf=elf, kdump=kdump, arch=arch, root=root)
+
+def kdumps(stopped):
+    forms = [form for form in stopped.paths if form.startswith("kdump-")]
+    assert "kdump-zlib" in forms
+    for form in forms:
+        source = FileSource(stopped.paths[form])
+        yield form, formats.load(formats.identify(source))(source)
 
 
 def test_qemus_kdump_is_its_elf_core_page_for_page(stopped):
-    elf, source = ElfCore(FileSource(stopped.elf)), FileSource(stopped.kdump)
-    kdump = formats.load(formats.identify(source))(source)
-    assert isinstance(kdump, Flattened)
-    assert kdump.name == "kdump (flattened)"
-    assert kdump.warnings == []
-    assert regions(kdump) == regions(elf)
-    expected, found = elf.physical(), kdump.physical()
-    count = 0
-    for start, end in regions(elf):
-        for at in range(start, end, PAGE):
-            assert found.read(at, PAGE) == expected.read(at, PAGE), hex(at)
-            count += 1
-    assert count > 80 * 256
-    assert os.path.getsize(stopped.kdump) < os.path.getsize(stopped.elf) // 20
+    elf = ElfCore(FileSource(stopped.paths["elf"]))
+    expected = elf.physical()
+    for form, kdump in kdumps(stopped):
+        assert isinstance(kdump, Kdump if "raw" in form else Flattened)
+        assert kdump.warnings == []
+        assert regions(kdump) == regions(elf)
+        found = kdump.physical()
+        count = 0
+        for start, end in regions(elf):
+            for at in range(start, end, PAGE):
+                assert found.read(at, PAGE) == expected.read(at, PAGE), hex(at)
+                count += 1
+        assert count > 80 * 256
+        size = os.path.getsize(stopped.paths[form])
+        assert size < os.path.getsize(stopped.paths["elf"]) // 20
 
 
 def test_qemus_kdump_has_the_registers_of_its_elf_core(stopped):
-    elf, kdump = ElfCore(FileSource(stopped.elf)), Flattened(FileSource(stopped.kdump))
-    assert kdump.facts.control == elf.facts.control
-    assert kdump.facts.control[0]["cr3"] == stopped.root
-    assert kdump.facts.threads == elf.facts.threads
-    assert kdump.facts.cputype == elf.facts.cputype
-    assert [(n.owner, n.size) for n in kdump.notes] == [(n.owner, n.size) for n in elf.notes]
+    elf = ElfCore(FileSource(stopped.paths["elf"]))
+    assert elf.facts.control[0]["cr3"] == stopped.root
+    for _, kdump in kdumps(stopped):
+        assert kdump.facts.control == elf.facts.control
+        assert kdump.facts.threads == elf.facts.threads
+        # its header names the build of QEMU; the ELF core's e_machine the mode of the processor
+        said = elf.facts.cputype if stopped.arch == "i386" else formats.UNSAID
+        assert kdump.facts.cputype == said
+        assert [(n.owner, n.size) for n in kdump.notes] == [(n.owner, n.size) for n in elf.notes]
+
+
+def test_qemus_kdump_holds_the_memory_that_was_put_there(stopped):
+    truth = formats.load(formats.by_name("lime"))(FileSource(stopped.lime)).physical()
+    for _, kdump in kdumps(stopped):
+        found = kdump.physical()
+        for region in truth.regions():
+            assert found.read(region.start, region.size) == truth.read(region.start, region.size)
 
 
 # what is where
@@ -212,6 +219,47 @@ SNAPPY_PAGE = b"\x80\x20" + b"\x00a" + b"\xfe\x01\0" * 63 + bytes([62 << 2 | 2])
 def test_streams_written_by_hand(stored, package):
     pytest.importorskip(package)
     assert opened(build.kdump({0: stored})).physical().read(0, PAGE) == b"a" * PAGE
+
+
+# a page as the libraries that QEMU and makedumpfile are built with compress it: lzo1x_1_compress of
+# liblzo2 2.10, snappy_compress of libsnappy 1.1.9, ZSTD_compress of libzstd 1.5.4 (base 85)
+POINTERS = struct.pack("<512Q", *(0xFFFFFF8000200000 + (n * n % 61 << 8) for n in range(512)))
+LZO_POINTERS = (
+    "3IG5g0D%Ah{{R6X0Dye}1l<4$-2f2X02$o?B;5cp-2emK02JK-C*1%%-2fKd059DD4c!1L-2e>T04?1B6Wstf-2fup"
+    "01n*%Io$v$-2fZi01w>&1>FET-2gP*05IJEE-f4Y`~v(0{0968{0jUG{0{sO{1W^W{1*He{2Kfm{2u%u{384${3iS;"
+    "{3`q`{4V@3{4)GB{5JeJ{W<{L9{d6P1N;U22mA^A3;YfI5Bw4Q6Z{qY7yKFg8~h#oAN(QwBm5=&C;Tb=EBr0|FZ?n5"
+    "GyFCDH~cvu000000000000000|C|Q^0ssI1068E4fdBvh04X2<fdBvh5dZ)"
+)
+SNAPPY_POINTERS = (
+    "fFL9Q03ZN>|Ns900SyQM1PurP2@MDU5Df?f86XKL03;0v05J^+00RvO02B=f04EIy06Yx{02U1h051&)01XWY04fa#"
+    "01OQX04)s&022)e05}Z@03r<t01gcZ067f^04WU!02>Vm01pia00j*Q06Gl_05lB<05A;*04_QR01+4wC=oajND){O"
+    "Xc2f3h!L0(s1djk$Pw5P=n?oa2r(EjC^0xONHJJ3Xfb#(hy)oRDVQ;+F}N|vG1&g-0siO#{^$Yz=mGxd0siO#{^$Yz"
+    "=mGxd0siO#{^$Yz=mGxd0siO#{^$Yz=mGxd0siO#{^$Yz=mGxd0siO#{^$Yz=mGxd0siO#{^$Yz=mGxd0siO#{^$Yz"
+    "=mGxd0siO#{^$Yz=mGxd0siO#{^$Yz=mGxd0siO#{^$Yz=mGxd0siO#{^$Yz=mGxd0siO#{^$Yz=mGxd0siO#{^$Yz"
+    "=mA>j0R"
+)
+ZSTD_POINTERS = (
+    "D77#BU;qz23;<@}Ss1_-2mk;7zw7^hS!|6vQQI(%MxrK?B4twmQUFo_A_!vElX|rI9Y*z7#$)Ofs^WLPdHbRu?J06*"
+    "Pes`M*@l*H86tupW<9A#o8Mtnk7YcjPN6D(=bN`L3euh;XZBQt-Jfk}`IaFf1VIo8fDi(IwxQ))hKL}DSx@TG=64v?"
+    "V;PUBQ>cpH`R475g0!c|nLQO@_h%bgzGa9Af|&KB9&LVyQ9YLNm^y{3_?>Uwz9>k0ik#U~5q5vJq2*hK1SxW6Pes`M"
+    "*@l*H86tupW<9A#o8Mtnk7YcjPN6D(=bN`L3euh;XZBQt-Jfk}`IaFf2x8WgdbIf+M)g?6W9k&D;&;Az`=TK2DRO2{"
+    "Mc4&F5Cj5%_7pj@ry}hBY(vYp3=u&Pv!2wW&F?U($1)yMr%)BY^Ud2A1!+%_GkYq+?$0)~e9I6K1TpJLJ=**Zqk1gk"
+    "F?9-6@jKtVeNmA1f%d2o;O`sZuK^K^zh_8d6FW9-V#g+S9N$q@0R"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "package"),
+    [
+        (LZO_POINTERS, LZO, "lzallright"),
+        (SNAPPY_POINTERS, SNAPPY, "cramjam"),
+        (ZSTD_POINTERS, ZSTD, "compression" if sys.version_info >= (3, 14) else "backports.zstd"),
+    ],
+)
+def test_pages_that_the_writers_libraries_have_compressed(text, flags, package):
+    pytest.importorskip(package)
+    stored = Stored(base64.b85decode(text), flags)
+    assert opened(build.kdump({0: stored})).physical().read(0, PAGE) == POINTERS
 
 
 @pytest.mark.parametrize("pack", [build.deflated, lzo, snappy, zstd])

@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from tests.machine import build, checks, dumps, judges, mounted, toolchain
 from tests.machine.vm import MachineError, Vm
@@ -27,19 +27,26 @@ _FOLDER = os.path.join(_ROOT, "build", "machine")
 _SHOWN = 6  # lines about one form
 
 
+class Tools(NamedTuple):
+    """What is run from where it may be unpacked only."""
+
+    linker: toolchain.Tool
+    makedumpfile: toolchain.Tool
+
+
 def main() -> int:
     """The whole run; gives the exit status."""
     options = _options()
     try:
         toolchain.require_programs()
-        linker = toolchain.linker(_FOLDER)
+        tools = Tools(toolchain.linker(_FOLDER), toolchain.makedumpfile(_FOLDER))
     except toolchain.MissingToolsError as error:
         print(f"machine: {error}", file=sys.stderr)
         return 1
     held = True
     for arch in options.arch:
         try:
-            held &= _run(arch, linker, options)
+            held &= _run(arch, tools, options)
         except (MachineError, subprocess.SubprocessError) as error:
             print(f"machine: {arch}: {error}", file=sys.stderr)
             held = False
@@ -71,9 +78,9 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _run(arch: str, linker: toolchain.Linker, options: argparse.Namespace) -> bool:
+def _run(arch: str, tools: Tools, options: argparse.Namespace) -> bool:
     folder = os.path.join(_FOLDER, arch)
-    images = build.build(arch, folder, linker)
+    images = build.build(arch, folder, tools.linker)
     slide = options.slide if arch == "x86_64" else None
     with Vm(arch, images, folder, slide) as vm:
         started = time.monotonic()
@@ -82,7 +89,7 @@ def _run(arch: str, linker: toolchain.Linker, options: argparse.Namespace) -> bo
         print(
             f"{arch}: layout {machine['layout']}, slide {machine['slide']}, root {machine['root']}"
         )
-        paths = dumps.dump_all(vm, images, folder)
+        paths = dumps.dump_all(vm, images, folder, tools.makedumpfile)
         held = _judge(vm, images, paths, folder)
         held &= _check(vm, images, paths, folder, options.forms)
         if options.sample and arch == "x86_64":
@@ -118,7 +125,7 @@ def _check(
     tests = list(checks.table(vm, images))
     for form, template in checks.FORMS.items():
         if form != "gdb" and form not in paths:
-            _report(form, "not offered by this QEMU", ())
+            _report(form, "not offered here", ())
             continue
         core = template.format(path=paths.get(form), port=vm.port)
         failures = [found for test in tests if (found := checks.run(test, images.kernel, core))]
@@ -150,7 +157,7 @@ def _verdict(form: str, lines: list[str], failed: int, count: int, required: lis
 
 
 def _report(name: str, verdict: str, failures: Iterable[str]) -> None:
-    print(f"  {name:<11} {verdict}", flush=True)
+    print(f"  {name:<19} {verdict}", flush=True)
     lines = list(failures)
     for line in lines[:_SHOWN]:
         print(f"      {line}")

@@ -11,7 +11,7 @@ from tests.machine import headers, postlink
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tests.machine.toolchain import Linker
+    from tests.machine.toolchain import Tool
 
 _SOURCES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "src")
 _KERNEL = (
@@ -55,7 +55,7 @@ class Images(NamedTuple):
     kext: str
 
 
-def build(arch: str, folder: str, linker: Linker) -> Images:
+def build(arch: str, folder: str, linker: Tool) -> Images:
     """Kernel and kext in `folder`. Raises `subprocess.CalledProcessError`."""
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, "structs.h"), "w") as out:
@@ -81,7 +81,7 @@ def _compile(arch: str, folder: str, name: str) -> str:
     return output
 
 
-def _link(arch: str, folder: str, linker: Linker, objects: list[str], name: str, entry: str) -> str:
+def _link(arch: str, folder: str, linker: Tool, objects: list[str], name: str, entry: str) -> str:
     machine, kernel = MACHINES[arch], name == "mach_kernel"
     path = os.path.join(folder, name)
     linker.run(

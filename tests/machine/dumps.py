@@ -6,7 +6,7 @@ import lzma
 import os
 import struct
 import subprocess
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from tests.machine import pagewalk
 from tests.machine.proxy import Proxy
@@ -16,16 +16,31 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from tests.machine.build import Images
+    from tests.machine.toolchain import Tool
     from tests.machine.vm import Vm
 
 LIME_MAGIC = 0x4C694D45
 _LLDB_SECONDS = 60
 _CORE_LIMIT = 64 << 20  # bytes; what lldb may write at most
 PAGE = 4096
+_WAYS = (("lzo", "-l"), ("snappy", "-p"), ("zstd", "-z"))  # of makedumpfile
 
 
-def dump_all(vm: Vm, images: Images, folder: str) -> dict[str, str]:
-    """Form to path, for every form of a file QEMU offers; `folder` gets them."""
+class _Elf(NamedTuple):
+    """Sizes and places in the headers of one ELF class."""
+
+    size: int
+    phentsize: int
+    word: str
+    e_phoff: int
+    e_phnum: int
+
+
+_ELF_64, _ELF_32 = _Elf(64, 56, "<Q", 32, 56), _Elf(52, 32, "<I", 28, 44)
+
+
+def dump_all(vm: Vm, images: Images, folder: str, makedumpfile: Tool) -> dict[str, str]:
+    """Form to path, for every form of a file QEMU or makedumpfile offers; `folder` gets them."""
     paths = {name: os.path.join(folder, name) for name in ("elf", "elf-paging", "raw", "lime")}
     for name, paging in (("elf", False), ("elf-paging", True)):
         _dump(vm, paths[name], paging=paging)
@@ -33,6 +48,7 @@ def dump_all(vm: Vm, images: Images, folder: str) -> dict[str, str]:
         if kind.startswith("kdump-"):
             paths[kind] = os.path.join(folder, kind)
             _dump(vm, paths[kind], paging=False, format=kind)
+    paths |= write_kdumps(paths["elf"], folder, makedumpfile)
     _fresh(paths["raw"])
     vm.monitor("pmemsave", val=0, size=MEMORY << 20, filename=paths["raw"])
     with open(paths["raw"], "rb") as raw:
@@ -52,6 +68,41 @@ def _fresh(path: str) -> None:
 def _dump(vm: Vm, path: str, **arguments: object) -> None:
     _fresh(path)
     vm.monitor("dump-guest-memory", protocol=f"file:{path}", **arguments)
+
+
+def write_kdumps(elf: str, folder: str, makedumpfile: Tool) -> dict[str, str]:
+    """Form to path, of the ELF core rewritten by makedumpfile in each way it was built for."""
+    said = makedumpfile.said("-v").splitlines()
+    ways = {"makedumpfile": (), "makedumpfile-zlib": ("-c",)}
+    ways |= {f"makedumpfile-{name}": (way,) for name, way in _WAYS if f"{name}\tenabled" in said}
+    paths = {name: os.path.join(folder, name) for name in ways}
+    whole = os.path.join(folder, "elf-plain")
+    write_plain(elf, whole)
+    for name, way in ways.items():
+        _fresh(paths[name])
+        arguments = (*way, "--message-level", "4", "-d", "0", whole, paths[name])
+        makedumpfile.run(*arguments, cwd=folder)
+    os.unlink(whole)
+    return paths
+
+
+def write_plain(elf: str, path: str) -> None:
+    """The core with its program headers right behind its header and no sections.
+
+    QEMU 7.2 puts sections between them; makedumpfile 1.7.2 does not look at e_phoff.
+    """
+    with open(elf, "rb") as file:
+        core = bytearray(file.read())
+    layout = _ELF_64 if core[4] == 2 else _ELF_32
+    (phoff,) = struct.unpack_from(layout.word, core, layout.e_phoff)
+    (count,) = struct.unpack_from("<H", core, layout.e_phnum)
+    size = count * layout.phentsize
+    core[layout.size : layout.size + size] = core[phoff : phoff + size]
+    struct.pack_into(layout.word, core, layout.e_phoff, layout.size)
+    struct.pack_into(layout.word, core, layout.e_phoff + struct.calcsize(layout.word), 0)  # e_shoff
+    struct.pack_into("<2H", core, layout.e_phnum + 4, 0, 0)  # e_shnum, e_shstrndx
+    with open(path, "wb") as out:
+        out.write(core)
 
 
 def lime(memory: bytes, ranges: Iterable[tuple[int, int]]) -> Iterable[bytes]:

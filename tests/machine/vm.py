@@ -7,9 +7,10 @@ import os
 import socket
 import subprocess
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
     from types import TracebackType
 
     from tests.machine.build import Images
@@ -32,39 +33,30 @@ def free_port() -> int:
         return port
 
 
-class Vm:
-    """One running machine; a context manager. `oracle` are the objects it said on its serial port.
+class Qemu:
+    """A running QEMU of 80 MiB with no devices but those in `options`; a context manager."""
 
-    `port` is that of its gdb stub. From `boot` on the processor is stopped for good.
-    """
-
-    def __init__(self, arch: str, images: Images, folder: str, slide: int | None = None) -> None:
-        """Starts QEMU; `slide` instead of a random one (x86_64)."""
+    def __init__(self, arch: str, folder: str, options: Iterable[str]) -> None:
+        """Starts it; `folder` gets its monitor and what it says."""
         self.arch = arch
         self._monitor = os.path.join(folder, "monitor")
-        self._serial = os.path.join(folder, "serial.jsonl")
         self._errors = os.path.join(folder, "qemu.log")
-        self.port = free_port()
-        self.oracle: list[dict[str, Any]] = []
-        for path in (self._monitor, self._serial):
-            if os.path.lexists(path):
-                os.unlink(path)
-        options = [] if slide is None else ["-append", f"slide={slide:x}"]
+        if os.path.lexists(self._monitor):
+            os.unlink(self._monitor)
         with open(self._errors, "wb") as errors:
             self._qemu = subprocess.Popen(
                 [
                     *(f"qemu-system-{arch}", "-machine", "pc,accel=tcg", "-m", str(MEMORY)),
                     *("-display", "none", "-nic", "none", "-no-reboot", "-nodefaults"),
-                    *("-serial", f"file:{self._serial}", "-gdb", f"tcp:127.0.0.1:{self.port}"),
                     *("-qmp", f"unix:{self._monitor},server=on,wait=off"),
-                    *("-kernel", images.kernel, "-initrd", images.kext, *options),
+                    *options,
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=errors,
                 stderr=errors,
             )
 
-    def __enter__(self) -> Vm:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -76,29 +68,20 @@ class Vm:
         self._qemu.kill()
         self._qemu.wait()
 
-    def boot(self) -> None:
-        """Waits until the kernel has said everything, then stops the processor."""
+    def wait(self, ready: Callable[[], bool]) -> bool:
+        """Whether `ready` came true, then the processor is stopped, before QEMU or time ended."""
         deadline = time.monotonic() + _BOOT_SECONDS
-        while not self._read_serial():
+        while not ready():
             if self._qemu.poll() is not None or time.monotonic() > deadline:
-                raise MachineError(self._last_words())
+                return False
             time.sleep(0.02)
         self.monitor("stop")
+        return True
 
-    def _read_serial(self) -> bool:
-        if not os.path.exists(self._serial):
-            return False
-        with open(self._serial, encoding="ascii") as serial:
-            text = serial.read()
-        lines = text[: text.rfind("\n") + 1].splitlines()
-        self.oracle = [json.loads(line) for line in lines]
-        return bool(self.oracle) and self.oracle[-1]["kind"] == "ready"
-
-    def _last_words(self) -> str:
+    def complaints(self) -> str:
+        """What QEMU wrote on its standard output and error."""
         with open(self._errors, encoding="utf-8", errors="replace") as errors:
-            said = errors.read().strip()
-        last = self.oracle[-1] if self.oracle else "nothing"
-        return f"{self.arch}: the machine did not get ready; it said last: {last}; QEMU: {said}"
+            return errors.read().strip()
 
     def monitor(self, command: str, **arguments: Any) -> Any:
         """The answer to one QMP command. Raises `MachineError` with QEMU's own words."""
@@ -123,6 +106,51 @@ class Vm:
             if "return" in message:
                 return message["return"]
         raise MachineError(f"QMP {command}: QEMU hung up")
+
+
+class Vm(Qemu):
+    """One running machine. `oracle` are the objects it said on its serial port.
+
+    `port` is that of its gdb stub. From `boot` on the processor is stopped for good.
+    """
+
+    def __init__(self, arch: str, images: Images, folder: str, slide: int | None = None) -> None:
+        """Starts QEMU; `slide` instead of a random one (x86_64)."""
+        self._serial = os.path.join(folder, "serial.jsonl")
+        self.port = free_port()
+        self.oracle: list[dict[str, Any]] = []
+        if os.path.lexists(self._serial):
+            os.unlink(self._serial)
+        options = [] if slide is None else ["-append", f"slide={slide:x}"]
+        super().__init__(
+            arch,
+            folder,
+            (
+                *("-serial", f"file:{self._serial}", "-gdb", f"tcp:127.0.0.1:{self.port}"),
+                *("-kernel", images.kernel, "-initrd", images.kext, *options),
+            ),
+        )
+
+    def boot(self) -> None:
+        """Waits until the kernel has said everything, then stops the processor."""
+        if not self.wait(self._read_serial):
+            raise MachineError(self._last_words())
+
+    def _read_serial(self) -> bool:
+        if not os.path.exists(self._serial):
+            return False
+        with open(self._serial, encoding="ascii") as serial:
+            text = serial.read()
+        lines = text[: text.rfind("\n") + 1].splitlines()
+        self.oracle = [json.loads(line) for line in lines]
+        return bool(self.oracle) and self.oracle[-1]["kind"] == "ready"
+
+    def _last_words(self) -> str:
+        last = self.oracle[-1] if self.oracle else "nothing"
+        return (
+            f"{self.arch}: the machine did not get ready; it said last: {last}; "
+            f"QEMU: {self.complaints()}"
+        )
 
     def said(self, kind: str) -> list[dict[str, Any]]:
         """The oracle's objects of one kind."""
