@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from kvmtool.kexts import Kexts, Located
     from kvmtool.macho import MachO
     from kvmtool.memory import Memory
+    from kvmtool.object import Object
     from kvmtool.peel import Layer
+    from kvmtool.scope import Scope
     from kvmtool.source import Source
     from kvmtool.symbols import Symbol, SymbolTable
     from kvmtool.target import Target
@@ -388,6 +390,21 @@ class Kvm:
                 text = f"{passed_over[0].how}: do not fit, {passed_over[2].why}"
                 warnings.warn(f"{text}; {choice.how}", KvmWarning, stacklevel=3)
         return choice, target
+
+    @cached_property
+    def scope(self) -> Scope:
+        """The kernel's variables and types as an expression sees them."""
+        from kvmtool.scope import Scope
+
+        return Scope(self)
+
+    def __getitem__(self, name: str) -> Object:
+        """The kernel's variable or function `name`, or `kext:symbol`: a reference, nothing is read.
+
+        Of one whose type is not known only the address is: cast it. Raises `NotFoundError` with
+        near misses.
+        """
+        return self.scope.variable(name)
 
     def nearest_target(self) -> Target:
         """The kernel with the types likeliest to fit, held against nothing.

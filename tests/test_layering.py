@@ -73,9 +73,12 @@ LAYERS = (
     ),
     ("types", ("types",)),
     ("type files", ("type_files", "type_choice")),
-    ("target", ("target",)),
+    (
+        "target",
+        ("target", "object", "arithmetic", "computing", "fields", "values", "as_c"),
+    ),
     ("kernel objects", ("xnu",)),
-    ("handle", ("container", "handle", "kvm", "libkvm", "sample", "convert")),
+    ("handle", ("container", "handle", "scope", "kvm", "libkvm", "sample", "convert")),
     ("public names", ("",)),
     ("front ends", ("devices", "fuse", "cli", "__main__")),
 )

@@ -37,7 +37,7 @@ _MEMBER = re.compile(r"(.*?[\s*])(\w+)((?:\[\d+\])*)$", re.DOTALL)
 class FixedTypes:
     """A `TypeSource` of `DECLARATIONS` for one pointer size (4: the i386 ABI's alignment)."""
 
-    name = "fixed"
+    name = "those that never changed"
     origin = "structures that no release changed"
     byteorder = "<"
 
