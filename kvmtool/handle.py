@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from kvmtool.formats import Facts, Format
     from kvmtool.kernel_file import KernelFile
     from kvmtool.kext_file import LoadedKext
-    from kvmtool.kexts import Kexts, Located
+    from kvmtool.kexts import Code, Kext, Kexts, Located
     from kvmtool.macho import MachO
     from kvmtool.memory import Memory
     from kvmtool.object import Object
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from kvmtool.types.layouts import Choice
     from kvmtool.types.model import TypeTable
     from kvmtool.way_in import Way
+    from kvmtool.xnu.kext import KextInfo
     from kvmtool.xnu.kinfo import KinfoProc
     from kvmtool.xnu.layout_check import Verdict
     from kvmtool.xnu.proc import Proc
@@ -102,7 +103,7 @@ class Kvm:
             return memory
         from kvmtool.joined import JoinedMemory
 
-        return JoinedMemory([memory, *(kext.memory for kext in self._loaded_kexts)])
+        return JoinedMemory([memory, *(kext.memory for kext in self._files_of_kexts)])
 
     @cached_property
     def raw_memory(self) -> Memory:
@@ -214,6 +215,24 @@ class Kvm:
                 return Located(found[0], found[1], None)
         return self.kexts.at(address)
 
+    def code_at(self, address: int) -> Code:
+        """What a pointer to code leads to, stripped of its signature."""
+        from kvmtool.kexts import Code
+        from kvmtool.macho import VM_PROT_EXECUTE
+
+        found = self.symbol_at(address)
+        owner = self.kexts.owner(address)
+        kernel = self.kernel
+        segment = kernel.segment_at(address - (self.kerndisp or 0)) if kernel else None
+        inside = owner is not None or (
+            segment is not None and bool(segment.initprot & VM_PROT_EXECUTE)
+        )
+        kext = owner.identifier if owner is not None else None
+        if found is None or not inside:
+            start = owner.address if owner is not None else address
+            return Code(address, None, address - start, kext, inside)
+        return Code(address, found.symbol.name, found.offset, kext, inside)
+
     # the kernel's file
 
     @property
@@ -232,18 +251,44 @@ class Kvm:
 
     @cached_property
     def kexts(self) -> Kexts:
-        """The kexts in the kernel's image, and those whose files were named."""
+        """The kexts in the kernel's image, those whose files were named, and those in memory."""
         from kvmtool import kexts
         from kvmtool.kernelcache import open_collection
 
         file = self._parts.file
         inside = open_collection(file.image).kexts if file is not None else ()
         found = [kexts.from_image(kext, self.kerndisp or 0) for kext in inside]
-        found += [kexts.from_file(loaded) for loaded in self._loaded_kexts]
-        return kexts.Kexts(found)
+        found += [kexts.from_file(loaded) for loaded in self._files_of_kexts]
+        return kexts.Kexts(kexts.with_loaded(found, self._kexts_in_memory()))
+
+    def _kexts_in_memory(self) -> Iterator[Kext]:
+        """Those the kernel had loaded, with the symbols that lie in memory beside them."""
+        from kvmtool.kexts import from_memory
+
+        for kext in self.loaded_kexts():
+            name, version = kext.name, kext.version
+            if isinstance(name, str) and isinstance(kext.address, int) and kext.address:
+                size = kext.size if isinstance(kext.size, int) else 0
+                told = version if isinstance(version, str) else None
+                yield from_memory(self.memory, name, told, kext.address, size)
+
+    def loaded_kexts(self, report: Report | None = None) -> list[KextInfo]:
+        """What kextstat lists of a dump; none of a kernel file, or without types for its machine.
+
+        See `xnu.kext.kexts`.
+        """
+        from kvmtool.xnu.kext import kexts
+
+        if self.dump is None or not len(self.symbols):
+            return []
+        try:
+            target = self.nearest_target()
+        except NotFoundError:  # there are no layouts for this kind of machine at all
+            return []
+        return kexts(target, report)
 
     @cached_property
-    def _loaded_kexts(self) -> list[LoadedKext]:
+    def _files_of_kexts(self) -> list[LoadedKext]:
         from kvmtool.kernel_file import open_kernel
         from kvmtool.kext_file import load_kext
 

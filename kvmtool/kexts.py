@@ -8,15 +8,40 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from kvmtool.errors import NotFoundError
+from kvmtool.errors import FaultError, FormatError, NotFoundError
+from kvmtool.image import LoadedImage
+from kvmtool.macho import MachO
 from kvmtool.symbols import Symbol, SymbolTable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from kvmtool.kernelcache import KextImage
     from kvmtool.kext_file import LoadedKext
-    from kvmtool.macho import MachO
+    from kvmtool.memory import Memory
+    from kvmtool.nlist import NlistTable
+
+
+class Code(NamedTuple):
+    """What a code pointer leads to: `offset` bytes into `symbol`, of `kext` (None: the kernel).
+
+    `symbol` is None where its owner's symbols are not known: the offset is then from the start of
+    the kext. `inside` is whether any known text holds the address at all.
+    """
+
+    address: int
+    symbol: str | None
+    offset: int
+    kext: str | None
+    inside: bool
+
+    def __str__(self) -> str:
+        if not self.inside:
+            return f"{self.address:#x} (outside any text)" if self.address else "0"
+        place = f"+{self.offset:#x}" if self.offset else ""
+        if self.symbol is None:
+            return f"{self.kext or hex(self.address)}{place}"
+        return f"{self.kext}:{self.symbol}{place}" if self.kext else f"{self.symbol}{place}"
 
 
 class Kext(NamedTuple):
@@ -81,6 +106,54 @@ def from_file(loaded: LoadedKext) -> Kext:
         loaded.image,
         loaded.symbols,
     )
+
+
+def from_memory(
+    memory: Memory, identifier: str, version: str | None, address: int, size: int
+) -> Kext:
+    """A kext that lies in memory, its Mach-O header at `address`.
+
+    Its symbols are there as long as the kernel kept its __LINKEDIT; `origin` says so if not.
+    """
+    image, table, uuid = None, None, None
+    try:
+        image = MachO(LoadedImage(memory, address, identifier))
+        uuid = image.uuid
+    except (FormatError, FaultError) as error:
+        origin = f"none: {error}"
+    else:
+        table, origin = _table_in_memory(image)
+    symbols = SymbolTable(table, 0, f"{identifier}: {origin}")
+    return Kext(identifier, version, uuid, address, size, (), None, origin, image, symbols)
+
+
+def _table_in_memory(image: MachO) -> tuple[NlistTable | None, str]:
+    """The symbol table if all of it is there, and where it comes from."""
+    try:
+        table = image.symtab
+        if table is None or not len(table):
+            return None, "none: stripped"
+        image.source.read_at(table.symoff, table.table_size)
+        image.source.read_at(table.stroff, table.strsize)
+    except (FormatError, FaultError):
+        return None, "none: its symbol table is not in memory"
+    return table, "own symbol table, in memory"
+
+
+def with_loaded(known: list[Kext], loaded: Iterable[Kext]) -> list[Kext]:
+    """The `known` kexts of files and images, and of those in memory the ones not among them.
+
+    A file that was said to lie where a kext is loaded is that kext, and is called as it is.
+    """
+    merged = {kext.address or kext.identifier: kext for kext in known}
+    names = {kext.identifier for kext in known}
+    for kext in loaded:
+        there = merged.get(kext.address)
+        if there is not None:
+            merged[kext.address] = there._replace(identifier=kext.identifier, version=kext.version)
+        elif kext.identifier not in names:
+            merged[kext.address] = kext
+    return list(merged.values())
 
 
 class Kexts:

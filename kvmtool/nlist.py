@@ -80,6 +80,11 @@ class NlistTable:
     def __len__(self) -> int:
         return self.nsyms
 
+    @property
+    def table_size(self) -> int:
+        """Bytes of all entries."""
+        return self._table_end - self.symoff
+
     def find(self, name: str) -> list[Nlist]:
         """Every entry called exactly `name`, stabs and undefined ones too, in table order."""
         encoded = name.encode("utf-8", "surrogateescape")

@@ -71,7 +71,7 @@ def errors_page() -> str:
 
 def fields_page() -> str:
     """The columns of each command that lists."""
-    from kvmtool.cli.images import KERNEL_COLUMNS, KEXT_COLUMNS
+    from kvmtool.cli.images import KERNEL_COLUMNS
     from kvmtool.cli.listing import Listing
     from kvmtool.cli.space import REGION_COLUMNS
 
@@ -82,7 +82,7 @@ def fields_page() -> str:
         'field that could not be read is `{"unreadable": "why"}`; null says that there is none.',
         "",
     ]
-    tables = {"kexts": KEXT_COLUMNS, "kernels": KERNEL_COLUMNS, "regions": REGION_COLUMNS}
+    tables = {"kernels": KERNEL_COLUMNS, "regions": REGION_COLUMNS}
     for name in sorted({module for module, _ in cli.COMMANDS.values()}):
         module = import_module(f"kvmtool.cli.{name}")
         tables |= {x.name: x.columns for x in vars(module).values() if isinstance(x, Listing)}

@@ -28,7 +28,7 @@ COMMANDS = {
     "extract": ("extract", "A kernel, a kext or a core as a file by itself."),
     "info": ("info", "Everything known about a kernel and a core."),
     "kernels": ("images", "The kernels in the directories of --kernel-path, by UUID."),
-    "kexts": ("images", "The kexts in a kernel's image."),
+    "kexts": ("kexts", "The loaded kexts, as kextstat shows them; or those in an image."),
     "mount": ("devices", "The kernel's memory as files: kmem, mem, symbols."),
     "mounts": ("mounts", "The mounted file systems, as mount shows them."),
     "nlist": ("symbols", "Look symbols up, as kvm_nlist does."),

@@ -1,4 +1,4 @@
-"""kexts, symbol and kernels: what is in an image, what lies at an address, what files are known."""
+"""symbol and kernels: what lies at an address, what files are known."""
 
 from __future__ import annotations
 
@@ -18,19 +18,6 @@ from kvmtool.cli.params import (
 from kvmtool.cli.render import Column, render, visible
 from kvmtool.macho import uuid_text
 
-KEXT_COLUMNS = (
-    Column("identifier", "IDENTIFIER"),
-    Column("version", "VERSION"),
-    Column("uuid", "UUID"),
-    Column("address", "ADDRESS", "address"),
-    Column("size", "SIZE", "address"),
-    Column("symbols", "SYMBOLS", "number"),
-    Column("origin", "SYMBOLS FROM"),
-    Column("dependencies", "LINKED AGAINST", "list"),
-    Column("path", "PATH"),
-)
-_KEXTS_SHOWN = ("address", "size", "identifier", "version", "uuid", "origin")
-
 KERNEL_COLUMNS = (
     Column("kind", "KIND"),
     Column("arch", "ARCH"),
@@ -38,35 +25,6 @@ KERNEL_COLUMNS = (
     Column("version", "VERSION"),
     Column("path", "PATH"),
 )
-
-
-@click.command()
-@columns_option
-@format_option
-@kernel_options
-def kexts(columns: tuple[str, ...], format: str, where: Where) -> None:
-    """List the kexts in a kernel's image, and the files named with --kext.
-
-    A kext's symbols are found as KEXT:SYMBOL by every command; the last part of its identifier will
-    do where no other kext has it.
-
-    \b
-    Example:
-      kvmtool kexts -N kernelcache
-    """
-    chosen = choose_columns(KEXT_COLUMNS, columns, _KEXTS_SHOWN if format == "table" else ())
-    rows = (
-        {
-            **{name: getattr(kext, name) for name in ("identifier", "version", "size", "origin")},
-            "uuid": None if kext.uuid is None else uuid_text(kext.uuid),
-            "address": kext.address or None,
-            "symbols": len(kext.symbols),
-            "dependencies": list(kext.dependencies),
-            "path": kext.path,
-        }
-        for kext in opened(where).kexts
-    )
-    render(rows, chosen, format)
 
 
 @click.command()

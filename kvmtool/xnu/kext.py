@@ -1,0 +1,259 @@
+"""Loaded kexts, as kextstat(8) lists them: the kmod list, and from 10.7 on the kext summaries.
+
+Source: osfmk/mach/kmod.h (kmod_info, kmod_reference), libkern/c++/OSKext.cpp and
+libkern/libkern/OSKextLibPrivate.h (OSKextLoadedKextSummary, whose entry_size tells the era),
+xnu-792..11417. kmod_info is packed to 4 bytes on LP64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from kvmtool.errors import FaultError
+from kvmtool.target import Record, record
+from kvmtool.unreadable import Unreadable
+from kvmtool.xnu.proc import text_of
+from kvmtool.xnu.queues import Report, walk_list
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from kvmtool.target import Target
+
+KMOD_MAX_NAME = 64
+_LIMIT = 1 << 13  # kexts; a Mac loads some hundred
+_SUMMARY = "OSKextLoadedKextSummary"
+_HEADER = "OSKextLoadedKextSummaryHeader"
+_STAGES = {1: "d", 3: "a", 5: "b", 7: "fc", 9: ""}  # OSKextVersionGetString()
+
+
+@dataclass(frozen=True, slots=True)
+class KextInfo:
+    """One loaded kext. Any field may be `Unreadable`; None says its list does not keep it.
+
+    `index` is the load tag; `address` that of its Mach-O header, `size` bytes, `wired` without the
+    header's pages; `linked` the indices of the kexts it uses; `lists` where it stands: "kmod",
+    "summaries". `kmod` is the address of its kmod_info. `text` is (address, size) of its code
+    where that lies apart (from macOS 11 on).
+    """
+
+    index: Any
+    refs: Any
+    address: Any
+    size: Any
+    wired: Any
+    name: Any
+    version: Any
+    uuid: Any
+    linked: Any
+    kmod: int | None
+    start: Any
+    stop: Any
+    flags: Any
+    text: Any
+    lists: tuple[str, ...]
+
+    def holds(self, address: int) -> bool:
+        """Whether `address` lies in the kext or in its code."""
+        spans = [(self.address, self.size)]
+        if isinstance(self.text, tuple):
+            spans.append(self.text)
+        return any(
+            isinstance(start, int) and isinstance(size, int) and start <= address < start + size
+            for start, size in spans
+        )
+
+
+def version_string(number: int) -> str:
+    """The version that a summary keeps as a number: 301035001 is "3.1.3b1"."""
+    major, rest = divmod(number, 100_000_000)
+    minor, rest = divmod(rest, 1_000_000)
+    revision, rest = divmod(rest, 10_000)
+    stage, level = divmod(rest, 1000)
+    text = f"{major}.{minor}" + (f".{revision}" if revision else "")
+    letter = _STAGES.get(stage, f"?{stage}.")
+    return f"{text}{letter}{level}" if letter else text
+
+
+def kexts(target: Target, report: Report | None = None) -> list[KextInfo]:
+    """Every loaded kext, last loaded first, then those only the summaries know.
+
+    Where a walk stopped goes into the report's `stops`, where the lists differ into its `notes`.
+    """
+    report = report if report is not None else Report()
+    chained = list(_kmods(target, report))
+    summed = list(_summaries(target, report))
+    if not summed:
+        return chained
+    by_name = {kext.name: kext for kext in summed if isinstance(kext.name, str)}
+    merged = []
+    for kext in chained:
+        summary = by_name.pop(kext.name, None) if isinstance(kext.name, str) else None
+        if summary is None:
+            report.notes.append(f"{kext.name}: in the kmod list, not in the kext summaries")
+            merged.append(kext)
+            continue
+        report.notes += _differences(kext, summary)
+        merged.append(_merged(kext, summary))
+    for summary in summed:
+        if summary.name in by_name or not isinstance(summary.name, str):
+            report.notes.append(f"{summary.name}: in the kext summaries, not in the kmod list")
+            merged.append(summary)
+    return merged
+
+
+def _merged(kext: KextInfo, summary: KextInfo) -> KextInfo:
+    return replace(
+        kext,
+        uuid=summary.uuid,
+        flags=summary.flags,
+        text=summary.text,
+        lists=(*kext.lists, *summary.lists),
+    )
+
+
+def _differences(kext: KextInfo, summary: KextInfo) -> Iterator[str]:
+    for field in ("index", "address", "size"):
+        one, other = getattr(kext, field), getattr(summary, field)
+        if isinstance(one, int) and isinstance(other, int) and one != other:
+            yield f"{kext.name}: {field} is {one:#x} in the kmod list, {other:#x} in the summaries"
+
+
+def _kmods(target: Target, report: Report) -> Iterator[KextInfo]:
+    head = target.symbols.get("_kmod")
+    if head is None:
+        return
+    chars = f"{KMOD_MAX_NAME}s"
+    word = "P"
+    fields = record(
+        target,
+        "kmod_info",
+        {
+            "index": ("I", "id"),
+            "name": (chars, "name"),
+            "version": (chars, "version"),
+            "refs": ("i", "reference_count"),
+            "references": (word, "reference_list"),
+            "address": (word, "address"),
+            "size": (word, "size"),
+            "hdr_size": (word, "hdr_size"),
+            "start": (word, "start"),
+            "stop": (word, "stop"),
+        },
+    )
+    link = target.types.offset("kmod_info", "next")
+    for at in walk_list(target, head.address, link, "kmod", report, _LIMIT):
+        raw = fields.read(at)
+        yield KextInfo(
+            raw["index"],
+            raw["refs"],
+            raw["address"],
+            raw["size"],
+            _less(raw["size"], raw["hdr_size"]),
+            text_of(raw["name"]),
+            text_of(raw["version"]),
+            None,
+            _linked(target, raw["references"], raw["name"]),
+            at,
+            raw["start"],
+            raw["stop"],
+            None,
+            None,
+            ("kmod",),
+        )
+
+
+def _less(size: Any, header: Any) -> Any:
+    for value in (size, header):
+        if isinstance(value, Unreadable):
+            return value
+    return max(0, size - header)
+
+
+def _linked(target: Target, first: Any, name: Any) -> Any:
+    """The load tags of the kexts in a list of kmod_reference {next, info}."""
+    if isinstance(first, Unreadable):
+        return first
+    tags: list[int] = []
+    seen: set[int] = set()
+    inside = target.types.offset("kmod_info", "id")
+    while first:
+        if first in seen or len(seen) > _LIMIT:
+            return Unreadable(f"the references of {text_of(name)} run in a circle at {first:#x}")
+        seen.add(first)
+        try:
+            info = target.pointer(first + target.arch.pointer_size)
+            tags.append(target.unsigned(info + inside, "I"))
+            first = target.pointer(first)
+        except FaultError as fault:
+            return Unreadable(f"{fault.reason} at {fault.address:#x}")
+    return sorted(tags)
+
+
+def _summaries(target: Target, report: Report) -> Iterator[KextInfo]:
+    types = target.types
+    symbol = target.symbols.get("_gLoadedKextSummaries")
+    if symbol is None or not types.has(_SUMMARY):
+        return
+    try:
+        header = target.pointer(symbol.address)
+        if not header:
+            return
+        head = [target.unsigned(header + at, "I") for at in (4, 8)]  # entry_size, numSummaries
+    except FaultError as fault:
+        report.stop("kext summaries", 0, f"{fault.reason} at {fault.address:#x}")
+        return
+    entry_size, count = head
+    fields = _summary_fields(target, entry_size)
+    if fields is None or count > _LIMIT:
+        what = f"{count} entries of {entry_size:#x} bytes at {header:#x}"
+        report.stop("kext summaries", 0, f"{what}: expected at most {_LIMIT} of at least 0x78")
+        return
+    for number in range(count):
+        yield _summary(fields.read(header + 16 + number * entry_size))
+
+
+def _summary_fields(target: Target, entry_size: int) -> Record | None:
+    """What entries of that size hold; the code's own place came with macOS 11."""
+    wanted = {
+        "name": (f"{KMOD_MAX_NAME}s", "name"),
+        "uuid": ("16s", "uuid"),
+        "address": ("Q", "address"),
+        "size": ("Q", "size"),
+        "version": ("Q", "version"),
+        "index": ("I", "loadTag"),
+        "flags": ("I", "flags"),
+        "text_address": ("Q", "text_exec_address"),
+        "text_size": ("Q", "text_exec_size"),
+    }
+    fields: dict[str, tuple[int | None, str]] = {}
+    for name, (code, member) in wanted.items():
+        at = target.types.offset(_SUMMARY, member) if target.types.has(_SUMMARY, member) else None
+        fits = at is not None and at + 8 <= entry_size
+        fields[name] = (at if fits else None, code)
+    least = target.types.offset(_SUMMARY, "flags") + 4
+    return Record(target, fields) if least <= entry_size <= 0x1000 else None
+
+
+def _summary(raw: dict[str, Any]) -> KextInfo:
+    text = (raw["text_address"], raw["text_size"])
+    apart = all(isinstance(value, int) for value in text) and text[1] > 0
+    version = raw["version"]
+    return KextInfo(
+        raw["index"],
+        None,
+        raw["address"],
+        raw["size"],
+        None,
+        text_of(raw["name"]),
+        version_string(version) if isinstance(version, int) else version,
+        raw["uuid"],
+        None,
+        None,
+        None,
+        None,
+        raw["flags"],
+        text if apart else None,
+        ("summaries",),
+    )
