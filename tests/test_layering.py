@@ -94,6 +94,7 @@ THIRD_PARTIES = {
     "compression": ("peel", "formats"),
     "mfusepy": ("fuse",),
     "cramjam": ("formats",),
+    "deflate": ("formats",),
     "lzallright": ("formats",),
     "click": ("cli",),
     "rich": ("cli",),
