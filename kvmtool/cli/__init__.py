@@ -24,6 +24,7 @@ COMMANDS = {
     "convert": ("convert", "Write the memory of a core in another form."),
     "dd": ("devices", "The dd line that reads an address from a mounted kmem."),
     "demo": ("demo", "Write the embedded sample, and say what to type."),
+    "devsw": ("devsw", "The device switches, and which driver owns each slot."),
     "dmesg": ("dmesg", "The kernel's message buffer."),
     "extract": ("extract", "A kernel, a kext or a core as a file by itself."),
     "info": ("info", "Everything known about a kernel and a core."),

@@ -65,6 +65,18 @@ class Address(int):
     """An integer that is shown as ``0x…`` wherever it stands, for what no column describes."""
 
 
+class Named(int):
+    """An address that is shown by its name, such as a pointer to code; JSON has both."""
+
+    text: str
+
+    def __new__(cls, address: int, text: str) -> Named:
+        """The address with its name."""
+        made = super().__new__(cls, address)
+        made.text = text
+        return made
+
+
 def render(
     rows: Iterable[Row], columns: Sequence[Column], format: str, out: TextIO | None = None
 ) -> None:
@@ -163,6 +175,8 @@ def _json_value(value: Any, is_address: bool) -> Any:
         return {"unreadable": value.reason}
     if isinstance(value, bytes):
         return value.decode("utf-8", "surrogateescape")
+    if isinstance(value, Named):
+        return {"address": f"{value:#x}", "name": value.text}
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:#x}" if is_address or isinstance(value, Address) else value
     if isinstance(value, Mapping):
@@ -200,6 +214,8 @@ def _words(value: Any, is_address: bool = False) -> str:
         return f"unreadable: {value.reason}"
     if isinstance(value, bytes):
         return value.decode("utf-8", "surrogateescape")
+    if isinstance(value, Named):
+        return value.text
     if isinstance(value, int):
         return f"{value:#x}" if is_address or isinstance(value, Address) else str(value)
     if isinstance(value, Mapping):

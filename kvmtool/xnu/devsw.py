@@ -1,0 +1,82 @@
+"""The device switches: which driver answers open, read and ioctl of each major number.
+
+Source: bsd/sys/conf.h (struct cdevsw, bdevsw), bsd/kern/bsd_stubs.c, bsd/dev/*/conf.c,
+xnu-792..11417.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kvmtool.errors import FormatError, NotFoundError
+from kvmtool.target import Record, offset_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from kvmtool.target import Target
+
+_LIMIT = 1 << 12  # XNU's own tables have some 40; major numbers are 8 bits wide
+CHARACTER = (
+    *("open", "close", "read", "write", "ioctl", "stop", "reset", "select", "mmap", "strategy"),
+    *("reserved_1", "reserved_2"),
+)
+BLOCK = ("open", "close", "strategy", "ioctl", "dump", "psize")
+_OLD_NAMES = {"reserved_1": "d_getc", "reserved_2": "d_putc"}  # up to 10.5
+TYPES = {0: None, 1: "tape", 2: "disk", 3: "tty"}  # D_TAPE, D_DISK, D_TTY
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One slot: `kind` "character" or "block", its major number, and where the slot lies.
+
+    `functions` are the addresses behind d_open, d_read and so on (without "d_"), `type` is d_type.
+    Any of them may be `Unreadable`.
+    """
+
+    kind: str
+    major: int
+    address: int
+    functions: dict[str, Any]
+    ttys: Any
+    type: Any
+
+
+def devices(target: Target) -> Iterator[Device]:
+    """Every slot of cdevsw, then of bdevsw.
+
+    Raises `NotFoundError` for a kernel without these symbols, `FaultError` where their lengths
+    cannot be read, `FormatError` for lengths beyond reason.
+    """
+    yield from _switch(target, "character", "cdevsw", "_nchrdev", CHARACTER)
+    yield from _switch(target, "block", "bdevsw", "_nblkdev", BLOCK)
+
+
+def _switch(
+    target: Target, kind: str, struct: str, length: str, names: tuple[str, ...]
+) -> Iterator[Device]:
+    start, count = (_address(target, name) for name in (f"_{struct}", length))
+    slots = target.integer(count)
+    if not 0 <= slots <= _LIMIT:
+        what = f"{length} at {count:#x} is {slots}, expected at most {_LIMIT}"
+        raise FormatError(struct, None, what)
+    types = target.types
+    fields: dict[str, tuple[int | None, str]] = {
+        name: (offset_of(types, struct, f"d_{name}", _OLD_NAMES.get(name, "")), "P")
+        for name in names
+    }
+    fields["type"] = (types.offset(struct, "d_type"), "i")
+    fields["ttys"] = (offset_of(types, struct, "d_ttys"), "P")
+    record, size = Record(target, fields), types.size(struct)
+    for major in range(slots):
+        raw = record.read(start + major * size)
+        functions = {name: raw[name] for name in names if raw[name] is not None}
+        yield Device(kind, major, start + major * size, functions, raw["ttys"], raw["type"])
+
+
+def _address(target: Target, name: str) -> int:
+    found = target.symbols.get(name)
+    if found is None:
+        raise NotFoundError("symbol", name, hint=target.symbols.hint)
+    return found.address
