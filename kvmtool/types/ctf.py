@@ -15,7 +15,7 @@ from functools import cached_property, partial
 from struct import Struct
 from typing import TYPE_CHECKING
 
-from kvmtool.errors import KvmWarning
+from kvmtool.errors import KvmWarning, MismatchError
 from kvmtool.types import ctf_format as ctf
 from kvmtool.types.ctype import (
     DEPTH_LIMIT,
@@ -63,8 +63,8 @@ class CtfTypes:
         symbols: Symbols | None = None,
         parent: CtfTypes | None = None,
     ) -> None:
-        """`pointer_size` is that of `long` unless given. `parent` has the types that a kext shares
-        with its kernel; without it they are void. `symbols` let `variable` answer.
+        """`pointer_size` is for CTF without a `long`, which is as wide. `parent` has the types that
+        a kext shares with its kernel; without it they are void. `symbols` let `variable` answer.
         """
         self.name, self.origin, self.byteorder = name, origin, body.byteorder
         self.symbols, self.parent = symbols, parent
@@ -75,7 +75,7 @@ class CtfTypes:
             self._first |= 0x80000000 if body.wide else 0x8000
         self._made: dict[int, CType] = {}
         self._word = Struct(body.byteorder + "I")
-        self.pointer_size = pointer_size or self._long_size()
+        self.pointer_size = self._long_size() or pointer_size or 8
 
     def __len__(self) -> int:
         """How many types there are."""
@@ -289,10 +289,10 @@ class CtfTypes:
         width = self._word.unpack_from(self._data, record.tail)[0] & 0xFFFF
         return bool(width < record.size * 8)
 
-    def _long_size(self) -> int:
-        """Bytes of `long`, which on Darwin are a pointer's."""
+    def _long_size(self) -> int | None:
+        """Bytes of `long`, which on Darwin are a pointer's; None if nothing uses it."""
         found = self.find("base", "long") or self.find("base", "unsigned long")
-        return found.size or 8 if isinstance(found, Base) and found.size in (4, 8) else 8
+        return found.size if found is not None and found.size in (4, 8) else None
 
 
 def _member(byteorder: str, wide: bool, large: bool) -> Struct:
@@ -305,15 +305,23 @@ def open_ctf(
     source: Source,
     start: int = 0,
     size: int | None = None,
+    byteorder: str | None = None,
     pointer_size: int | None = None,
     symbols: Symbols | None = None,
     parent: CtfTypes | None = None,
 ) -> CtfTypes:
     """The types of the CTF in `size` bytes (all that is left) at `start` of `source`.
 
-    Raises `FormatError`, `UnsupportedError` for a version other than 2 to 4. See `CtfTypes`.
+    `byteorder` ("<" or ">") is the kernel's, where one is known. For the rest see `CtfTypes`.
+
+    Raises `FormatError`, `UnsupportedError` for a version other than 2 to 4, `MismatchError` for
+    the other byte order.
     """
     body = ctf.CtfBody(source, start, source.size - start if size is None else size)
+    if byteorder not in (None, body.byteorder):
+        raise MismatchError(
+            f"{source.name}: at offset {start:#x}: the CTF is of the other byte order"
+        )
     origin = f"CTF {body.header.version} in {source.name}"
     return CtfTypes(body, os.path.basename(source.name), origin, pointer_size, symbols, parent)
 
@@ -334,7 +342,8 @@ def ctf_of(macho: MachO, parent: CtfTypes | None = None) -> CtfTypes | None:
     if place is None:
         return None
     wide = 8 if macho.is64 else 4
-    return open_ctf(macho.source, *place, wide, partial(symbols_of, macho), parent)
+    symbols = partial(symbols_of, macho)
+    return open_ctf(macho.source, *place, macho.byteorder, wide, symbols, parent)
 
 
 def _section(macho: MachO) -> tuple[int, int] | None:

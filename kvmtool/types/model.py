@@ -73,9 +73,12 @@ class TypeTable:
         return parse_type(text, self.source)
 
     def variable(self, name: str) -> CType | None:
-        """The type of the kernel variable or function `name` (with or without its underscore)."""
-        found = self.source.variable(name)
-        return self.source.variable(name[1:]) if found is None and name[:1] == "_" else found
+        """The type of the kernel variable or function `name` (with or without its underscore).
+
+        As in `SymbolTable.get`, "_printf" is printf before it is _printf.
+        """
+        found = self.source.variable(name[1:]) if name[:1] == "_" else None
+        return self.source.variable(name) if found is None else found
 
     def struct(self, name: str) -> Struct:
         """The structure with this C tag, or typedef name of one, flattened.
