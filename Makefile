@@ -42,8 +42,9 @@ bench: $(STAMP) ## measure against llvm-nm and bare imports, as ratios
 machine: $(STAMP) ## boot a kernel of our own under QEMU, dump it in every form, check them
 	@$(BIN)/python -m tests.machine --forms $(FORMS)
 
-peers: $(STAMP) ## compare the processes found with Volatility 3's
+peers: $(STAMP) ## compare with Volatility 3 (processes) and pyaff4 (volumes)
 	@$(BIN)/python tools/peers.py
+	@$(BIN)/python tools/peers_aff4.py
 
 clean: ## remove the virtualenv and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache demo

@@ -95,6 +95,7 @@ THIRD_PARTIES = {
     "mfusepy": ("fuse",),
     "cramjam": ("formats",),
     "deflate": ("formats",),
+    "pyoxigraph": ("formats",),
     "lzallright": ("formats",),
     "click": ("cli",),
     "rich": ("cli",),

@@ -1,10 +1,8 @@
-"""What is recognised but cannot be read: AFF4 volumes and hibernation images."""
+"""What is recognised but cannot be read: hibernation images."""
 
 from __future__ import annotations
 
-import io
 import struct
-import zipfile
 
 import pytest
 from hypothesis import given
@@ -21,14 +19,6 @@ def opened(data: bytes):
     return formats.load(formats.identify(source))(source)
 
 
-def zipped(*members: str) -> bytes:
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w") as volume:
-        for member in members:
-            volume.writestr(member, "content")
-    return out.getvalue()
-
-
 def sleepimage(signature=0x73696D65, at=0x58, size=0x100000, **fields) -> bytes:
     out = bytearray(4096)
     struct.pack_into("<2Q", out, 0, size, size // 2)
@@ -37,24 +27,6 @@ def sleepimage(signature=0x73696D65, at=0x58, size=0x100000, **fields) -> bytes:
     struct.pack_into("<Q", out, 120, fields.get("encrypt", 0))
     struct.pack_into("<Q", out, 224, fields.get("slide", 0))
     return bytes(out)
-
-
-@pytest.mark.parametrize(
-    "members",
-    [
-        ("container.description", "version.txt", "information.turtle"),
-        ("information.turtle",),
-        ("aff4%3A%2F%2Fe9cd53d3-b682-4f12-8045-86ba50a0239c/index",),
-    ],
-)
-def test_an_aff4_volume_is_named_and_refused(members):
-    with pytest.raises(UnsupportedError, match="dump: is an AFF4 volume"):
-        opened(zipped(*members))
-
-
-def test_another_zip_is_not_taken_for_one():
-    with pytest.raises(UnknownFormatError):
-        opened(zipped("mach_kernel"))
 
 
 def test_what_the_header_of_a_hibernation_image_says():
