@@ -8,6 +8,7 @@
     │   └── TruncatedError             the file ends before what it promises
     ├── FaultError                     an address cannot be read
     ├── NotFoundError(LookupError)     no such symbol, structure, member or process
+    ├── ExpressionError(ValueError)    an expression that cannot be understood
     ├── MismatchError(ValueError)      kernel and dump (or layout) do not belong together
     └── UnsupportedError               understood, but not possible here
 
@@ -88,6 +89,24 @@ class NotFoundError(KvmError, LookupError):
         if hint:
             message += f"; {hint}"
         super().__init__(message)
+
+
+class ExpressionError(KvmError, ValueError):
+    """An expression that cannot be understood: `expression`, the `column` (from 0), `reason`.
+
+    Its note, as that of any error met while an expression is evaluated, shows the place.
+    """
+
+    def __init__(self, reason: str, expression: str = "", column: int = 0) -> None:
+        self.reason, self.expression, self.column = reason, expression, column
+        super().__init__(reason)
+        if expression:
+            self.add_note(place_in(expression, column))
+
+
+def place_in(expression: str, column: int) -> str:
+    """The expression, and below it a mark at `column`: two lines."""
+    return f"{expression}\n{' ' * column}^"
 
 
 class MismatchError(KvmError, ValueError):

@@ -451,6 +451,12 @@ class Kvm:
         """
         return self.scope.variable(name)
 
+    def evaluate(self, expression: str) -> Object:
+        """What the C expression means: "cdevsw[11].d_read". Raises as `kvmtool.evaluate` says."""
+        from kvmtool.evaluate import evaluate
+
+        return evaluate(expression, self.scope)
+
     def nearest_target(self) -> Target:
         """The kernel with the types likeliest to fit, held against nothing.
 

@@ -69,6 +69,12 @@ class Located(NamedTuple):
     offset: int
     kext: str | None
 
+    @property
+    def expression(self) -> str:
+        """As an expression has it: "_symbol", "kext:_symbol+0x10"."""
+        owner = f"{self.kext}:" if self.kext else ""
+        return f"{owner}{self.symbol.name}" + (f"+{self.offset:#x}" if self.offset else "")
+
     def __str__(self) -> str:
         place = f"+{self.offset:#x}" if self.offset else ""
         owner = f" [{self.kext}]" if self.kext else ""

@@ -11,42 +11,54 @@ from kvmtool.target import Target
 
 if TYPE_CHECKING:
     from kvmtool.handle import Kvm
+    from kvmtool.types.model import TypeTable
 
 
 class Scope:
     """The variables, functions and types of `kvm`; types are looked for when they are needed."""
 
     def __init__(self, kvm: Kvm) -> None:
-        self.kvm = kvm
+        self._kvm = kvm
         self._why = ""
 
     @cached_property
     def target(self) -> Target:
-        """The kernel with its types, those that fit; with none where none are known or fit.
+        """What objects are read through. Its types are those that fit the kernel.
 
-        Raises what `Kvm.types` raises for a file of types that the user named.
+        There are none where none are known or fit. Asking for them raises what `Kvm.types` raises
+        for types or a layout that the user named.
         """
-        from kvmtool.types.fixed import FixedTypes
-        from kvmtool.types.model import TypeTable
+        kvm = self._kvm
+        text = kvm.kernel.segment("__TEXT") if kvm.kernel is not None else None
+        linked = text.vmaddr if text is not None else 0
+        address = kvm.boot.kernel_address if kvm.boot is not None else linked
+        bits = kvm.facts.va_bits if kvm.facts is not None else None
+        return Target(kvm.arch, kvm.memory, kvm.symbols, self._types, bits, address)
 
-        kvm = self.kvm
+    def _types(self) -> TypeTable:
+        kvm = self._kvm
         try:
-            types = kvm.types
+            return kvm.types
         except (NotFoundError, MismatchError) as error:
             if kvm.types_file is not None or kvm.layout_name is not None:
                 raise
+            from kvmtool.types.fixed import FixedTypes
+            from kvmtool.types.model import TypeTable
+
             self._why = str(error)
-            types = TypeTable(FixedTypes(kvm.arch.pointer_size))
-        facts, text = kvm.facts, kvm.kernel.segment("__TEXT") if kvm.kernel else None
-        linked = text.vmaddr if text is not None else 0
-        address = kvm.boot.kernel_address if kvm.boot else linked
-        bits = facts.va_bits if facts else None
-        return Target(kvm.arch, kvm.memory, kvm.symbols, types, bits, address)
+            return TypeTable(FixedTypes(kvm.arch.pointer_size))
 
     def variable(self, name: str) -> Object:
         """The variable or function `name`, or `kext:symbol`. Raises `NotFoundError`."""
-        address = self.kvm.address(name)
-        target = self.target
-        ctype = target.types.variable(name) if ":" not in name else None
-        why = self._why or f"{target.types.name} do not tell"
-        return Object(target, ctype or Untyped(name, why), address)
+        address = self._kvm.address(name)
+        types = self.target.types
+        ctype = types.variable(name) if ":" not in name else None
+        why = self._why or f"the types of {types.name} do not tell"
+        return Object(self.target, ctype or Untyped(name, why), address)
+
+    def is_type(self, name: str) -> bool:
+        """Whether `name` alone means a type: a typedef, or a tag that is no variable's name too."""
+        source = self.target.types.source
+        if source.find("typedef", name) is not None or source.find("base", name) is not None:
+            return True
+        return source.find("tag", name) is not None and self._kvm.nlist([name]) == [None]

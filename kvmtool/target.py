@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from struct import Struct
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from kvmtool.memory import read_cstring
 from kvmtool.unreadable import Unreadable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from kvmtool.arch import Arch
     from kvmtool.memory import Memory
@@ -28,16 +29,24 @@ class Target:
         arch: Arch,
         memory: Memory,
         symbols: SymbolTable,
-        types: TypeTable,
+        types: TypeTable | Callable[[], TypeTable],
         va_bits: int | None = None,
         kernel_address: int = 0,
     ) -> None:
-        """Without `va_bits` they follow from where the kernel lies: 39 bits reach no lower."""
-        self.arch, self.memory, self.symbols, self.types = arch, memory, symbols, types
+        """Without `va_bits` they follow from where the kernel lies: 39 bits reach no lower.
+
+        `types` may also be what gives them, once they are asked for.
+        """
+        self.arch, self.memory, self.symbols, self._types = arch, memory, symbols, types
         wide = kernel_address < _IOS_BASE
         self.va_bits = va_bits or (47 if wide else 39)
         self._pointer = Struct(arch.byteorder + ("Q" if arch.pointer_size == 8 else "I"))
         self._int = Struct(arch.byteorder + "i")
+
+    @cached_property
+    def types(self) -> TypeTable:
+        """The kernel's types."""
+        return self._types() if callable(self._types) else self._types
 
     def strip(self, pointer: int) -> int:
         """The address in a pointer that may be signed or tagged."""

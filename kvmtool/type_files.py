@@ -180,10 +180,7 @@ def _read(source: FileSource, kernel: KernelIdentity, force: bool) -> TypeSource
     if inner[:4] in MAGICS or inner[:4] in _FAT:
         return _in_macho(source, kernel, force)
     if inner is head and head[:2] in _CTF_MAGICS:
-        order = _CTF_MAGICS[head[:2]]
-        found = _reader("ctf", "open_ctf")(
-            source, 0, source.size, byteorder=order, pointer_size=kernel.pointer_size
-        )
+        found = _reader("ctf", "open_ctf")(source, 0, source.size, pointer_size=kernel.pointer_size)
         return found
     if inner.lstrip()[:1] == b"{":
         found = _reader("isf", "open_isf")(source.name)

@@ -75,10 +75,13 @@ LAYERS = (
     ("type files", ("type_files", "type_choice")),
     (
         "target",
-        ("target", "object", "arithmetic", "computing", "fields", "values", "as_c"),
+        (
+            *("target", "object", "arithmetic", "computing", "fields", "values", "as_c"),
+            *("expression", "expression_tree"),
+        ),
     ),
     ("kernel objects", ("xnu",)),
-    ("handle", ("container", "handle", "scope", "kvm", "libkvm", "sample", "convert")),
+    ("handle", ("container", "handle", "scope", "evaluate", "kvm", "libkvm", "sample", "convert")),
     ("public names", ("",)),
     ("front ends", ("devices", "fuse", "cli", "__main__")),
 )

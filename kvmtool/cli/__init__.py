@@ -15,7 +15,7 @@ import click
 
 from kvmtool import __version__
 from kvmtool.cli.params import Where, kernel_options
-from kvmtool.errors import KvmError, KvmWarning
+from kvmtool.errors import ExpressionError, KvmError, KvmWarning
 
 ERROR, USAGE, PARTIAL = 1, 2, 3
 
@@ -44,13 +44,30 @@ COMMANDS = {
 
 
 class Failure(click.ClickException):
-    """A `KvmError` or OSError on its way out: one line on stderr, exit status 1."""
+    """A `KvmError` or OSError on its way out: one line on stderr, exit status 1.
+
+    Of one met in an expression two more lines show the place.
+    """
 
     exit_code = ERROR
 
+    def __init__(self, error: BaseException, message: str) -> None:
+        super().__init__(message)
+        self._notes = getattr(error, "__notes__", ())
+
     def show(self, file: Any = None) -> None:
-        """The line. Control characters in it (from a file's contents) are escaped."""
+        """The lines. Control characters in them (from a file's contents) are escaped."""
         say(self.message)
+        from kvmtool.cli.render import visible
+
+        for line in "\n".join(self._notes).splitlines():
+            click.echo(f"  {visible(line)}", err=True)
+
+
+class Misunderstood(Failure):
+    """An expression that is not C: exit status 2."""
+
+    exit_code = USAGE
 
 
 class Commands(click.Group):
@@ -74,13 +91,15 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except ExpressionError as error:
+            raise Misunderstood(error, str(error)) from error
         except KvmError as error:
-            raise Failure(str(error)) from error
+            raise Failure(error, str(error)) from error
         except OSError as error:
             if error.errno == errno.EPIPE:
                 raise
             name = f"{error.filename}: " if error.filename is not None else ""
-            raise Failure(f"{name}{error.strerror or error}") from error
+            raise Failure(error, f"{name}{error.strerror or error}") from error
 
 
 def say(message: str) -> None:

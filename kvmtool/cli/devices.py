@@ -91,5 +91,5 @@ def dd(address: AddressExpr, count: int, directory: str, where: Where) -> None:
     from kvmtool.devices import dd_line
 
     kvm = opened(where)
-    start = address.resolve(kvm.address)
+    start = address.within(kvm)
     click.echo(dd_line(directory, start, count, kvm.arch.pointer_size))

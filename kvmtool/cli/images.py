@@ -43,7 +43,7 @@ def symbol(addresses: tuple[AddressExpr, ...], format: str, where: Where) -> Non
     kvm = opened(where)
     rows = []
     for expression in addresses:
-        address = expression.resolve(kvm.address)
+        address = expression.within(kvm)
         found = kvm.symbol_at(address)
         if found is None:
             say(f"{address:#x} is in no segment of the kernel, and in no kext")

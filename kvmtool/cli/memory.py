@@ -85,7 +85,11 @@ def read(
     format: str,
     where: Where,
 ) -> None:
-    """Read COUNT bytes of kernel memory at ADDRESS: 0x…, decimal, symbol, symbol+offset.
+    """Read COUNT bytes of kernel memory at ADDRESS: 0x…, decimal, symbol, symbol+offset, or C.
+
+    symbol+offset counts bytes from the symbol. Anything else is an expression as `print` has it: of
+    a pointer or a number its value, of everything else where it lies. So cdevsw[11].d_read is where
+    that function begins, and cdevsw[11] where the row lies.
 
     All or nothing: a range with a hole in it is refused before anything is printed. With --partial
     or --zero-fill the rest is printed and the exit status is 3. With --raw, --partial ends at the
@@ -102,7 +106,7 @@ def read(
       kvmtool read _version 64 -N mach_kernel -M core
     """
     kvm = opened(where)
-    start = address.resolve(kvm.address)
+    start = address.within(kvm)
     memory = _space(kvm, physical, pid, raw)
     if not (partial or zero_fill):
         memory.check(start, count)

@@ -14,6 +14,7 @@ from kvmtool.errors import NotFoundError
 
 if TYPE_CHECKING:
     from kvmtool.cli.render import Column
+    from kvmtool.kvm import Kvm
 
     _AddressType = click.ParamType["AddressExpr"]
     _IntType = click.ParamType[int]
@@ -30,15 +31,36 @@ _NUMBER = "0[xX][0-9a-fA-F]{1,32}|[0-9]{1,32}"
 _EXPRESSION = re.compile(rf"(.+?)((?:\s*[+-]\s*(?:{_NUMBER}))*)", re.DOTALL)
 _OFFSET = re.compile(rf"([+-])\s*({_NUMBER})")
 _SUFFIXED = re.compile(rf"({_NUMBER})([kmgt]?)", re.IGNORECASE)
+# Names of symbols, of a kext's (`kext:symbol`) and of Objective-C methods; the rest may be C.
+_SYMBOL = re.compile(r"[A-Za-z_$][\w$]*|[\w$.-]+:[\w$.]+|[-+]\[.*", re.DOTALL)
+_OPERATORS = re.compile(r"[][()*/%&|^~<>=!?.'\"]")
 _FACTORS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 class AddressExpr(NamedTuple):
-    """An address as typed: `text`; `base` is the symbol in it or None, `offset` what is added."""
+    """An address as typed: `text`; `base` is the symbol in it or None, `offset` what is added.
+
+    `base` is also whatever else stands there: `within` sees whether it is C.
+    """
 
     text: str
     base: str | None
     offset: int
+
+    def within(self, kvm: Kvm) -> int:
+        """The address in `kvm`: as `resolve` has it, else what it means as an expression.
+
+        That is the value of a pointer or integer, and of everything else the address. Raises what
+        `kvmtool.evaluate` raises, too.
+        """
+        if self.base is None or _SYMBOL.fullmatch(self.base) or kvm.symbols.get(self.base):
+            return self.resolve(kvm.address)
+        from kvmtool.evaluate import address_of
+
+        address = address_of(self.text, kvm.scope)
+        if not 0 <= address <= HIGHEST:
+            raise click.BadParameter(f"{self.text} is {address:#x}, expected 0 to {HIGHEST:#x}")
+        return address
 
     def resolve(self, lookup: Callable[[str], int]) -> int:
         """The address, `lookup` giving that of a symbol.
@@ -61,7 +83,7 @@ class AddressExpr(NamedTuple):
 
 
 class AddressParam(_AddressType):
-    """0x…, decimal, ``symbol``, ``symbol+off``, ``symbol-off``: an `AddressExpr`.
+    """0x…, decimal, ``symbol``, ``symbol+off``, ``symbol-off``, or C: an `AddressExpr`.
 
     Only what starts with a digit is a number: ``deadbeef`` and ``add`` are symbols. Zeros before a
     decimal number are refused, since nm prints hexadecimal that way and C means octal.
@@ -84,7 +106,7 @@ class AddressParam(_AddressType):
                 -_number(digits) if sign == "-" else _number(digits)
                 for sign, digits in _OFFSET.findall(offsets)
             )
-            if not re.match("[+-]?[0-9]", base):
+            if not re.match("[+-]?[0-9]", base) or _OPERATORS.search(base):
                 return AddressExpr(text, base, offset)
             address = _number(base) + offset
         except ValueError as error:

@@ -117,7 +117,7 @@ def vtop(address: AddressExpr, format: str, where: Where) -> None:
       kvmtool vtop _version -N mach_kernel -M memory.lime
     """
     kvm = opened(where)
-    start = address.resolve(kvm.address)
+    start = address.within(kvm)
     tables = _tables(kvm)
     walk = tables.walk(start)
     steps = [
@@ -166,7 +166,7 @@ def _needle(kvm: Kvm, what: str, kind: str) -> bytes:
         except ValueError as error:
             raise click.BadParameter(f"{what!r}: expected hexadecimal bytes") from error
     order = "little" if kvm.arch.byteorder == "<" else "big"
-    pointer = ADDRESS.convert(what, None, None).resolve(kvm.address)
+    pointer = ADDRESS.convert(what, None, None).within(kvm)
     return pointer.to_bytes(kvm.arch.pointer_size, order)  # type: ignore[arg-type]
 
 
