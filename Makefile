@@ -31,6 +31,7 @@ docs: $(STAMP) ## write the generated documents
 
 layouts: $(STAMP) ## compile the layout database from ../shared/data/layouts
 	@$(BIN)/python tools/build_layouts.py
+	@$(BIN)/python tools/build_layout_types.py
 
 sample: $(STAMP) ## build the embedded sample
 	@$(BIN)/python tools/build_sample.py

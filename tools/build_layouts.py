@@ -45,13 +45,33 @@ MORE_RELEASES = {
 # larger than the room struct thread and struct processor leave for it.
 LEFT_OUT = {"timer_call"}
 
+# Of kernels without a kit the inputs do not have struct sysent. That of 10.4 is xnu-792's
+# bsd/sys/sysent.h; from 10.11 on it is as the last kit has it, on arm64 too, since macOS has
+# CONFIG_REQUIRES_U32_MUNGING there.
+SYSENT_10_4 = (
+    0x14,
+    {
+        "sy_narg": (0, 0),
+        "sy_cancel": (2, 0),
+        "sy_funnel": (3, 0),
+        "sy_call": (4, 0),
+        "sy_arg_munge32": (8, 0),
+        "sy_arg_munge64": (12, 0),
+        "sy_return_type": (16, 0),
+    },
+)
+SYSENT_LAST = ("HighSierra_10.13.6_17G65", "x86_64")
+
 Fields = dict[str, tuple[int, int]]  # name: (byte offset, bits), bits as _bits makes them
 Structs = dict[str, tuple[int, Fields]]  # C tag: (size in bytes, fields)
 Kits = dict[tuple[str, str], Structs]  # (kernel's name, arch): structs
 
 
 class Kernel(NamedTuple):
-    """One kernel of the database. `order` is its line in kdk_kernels.csv; `main` one of the 35."""
+    """One kernel of the database. `order` is its line in kdk_kernels.csv; `main` one of the 35.
+
+    `kit` is the name of its debug kit there, "" if there is none.
+    """
 
     version: str
     build: str
@@ -61,6 +81,7 @@ class Kernel(NamedTuple):
     structs: Structs
     order: int
     main: bool
+    kit: str
 
     def age(self) -> tuple[int, list[int], int]:
         return ARCHES.index(self.arch), _numbers(self.version), self.order
@@ -128,15 +149,17 @@ def main_kernels(folder: str, kits: Kits, listed: list[dict[str, str]]) -> list[
             tag: (known["size"], {field: _field(at) for field, at in known["fields"].items()})
             for tag, known in found["structs"].items()
         }
-        key, line, origin = (name, arch), 0, COMPUTED
+        key, line, origin, kit = (name, arch), 0, COMPUTED, ""
         if found["source"] == "kdk":
-            key, origin = (found["profile"], arch), KIT
+            key, origin, kit = (found["profile"], arch), KIT, found["profile"]
             line = lines[key]
             release = _release(listed[line])
             structs = _union(structs, kits[key])
+        else:
+            structs["sysent"] = SYSENT_10_4 if arch == "i386" else kits[SYSENT_LAST]["sysent"]
         releases = [release for release in (release, MORE_RELEASES.get(key)) if release]
         version = version.split("/")[0].rstrip("+")  # "11.5/11.6" and "10.15.6+": from there on
-        kernels.append(Kernel(version, "", arch, releases, origin, structs, line, main=True))
+        kernels.append(Kernel(version, "", arch, releases, origin, structs, line, True, kit))
     return kernels
 
 
@@ -174,7 +197,8 @@ def kit_kernels(listed: list[dict[str, str]], kits: Kits, main: list[Kernel]) ->
         as_in = f"{KIT}; {' and '.join(sorted(lent))} as in {lender.version}"
         structs = kits[key] | lent
         version, build = row["version"], row["builds"]
-        kernels.append(Kernel(version, build, arch, releases, as_in, structs, line, main=False))
+        known = Kernel(version, build, arch, releases, as_in, structs, line, False, row["name"])
+        kernels.append(known)
     return kernels
 
 
@@ -215,7 +239,7 @@ def settle_releases(kernels: list[Kernel]) -> None:
 
 def pack_struct(layouts: list[tuple[int, Fields]]) -> bytes:
     """One structure's stream: names, NUL, rows."""
-    names = _merged_names(layouts)
+    names = merged_names(layouts)
     bit_fields = {name for _, fields in layouts for name, (_, bits) in fields.items() if bits}
     text = "\n".join(BIT_FIELD + name if name in bit_fields else name for name in names)
     rows = bytearray()
@@ -234,7 +258,7 @@ def pack_struct(layouts: list[tuple[int, Fields]]) -> bytes:
     return text.encode() + b"\0" + bytes(rows)
 
 
-def _merged_names(layouts: list[tuple[int, Fields]]) -> list[str]:
+def merged_names(layouts: list[tuple[int, Fields]]) -> list[str]:
     """All names, each as near as may be behind its predecessor by offset in every layout."""
     names: list[str] = []
     for _, fields in layouts:
@@ -248,8 +272,17 @@ def _merged_names(layouts: list[tuple[int, Fields]]) -> list[str]:
     return names
 
 
-def build(folder: str = INPUTS) -> list[bytes]:
-    """The unpacked streams of the resource: the index, then one per structure."""
+class Database(NamedTuple):
+    """What is compiled. `numbers` has for each kernel the number of its layout of each tag."""
+
+    kernels: list[tuple[str, Kernel]]  # with their names
+    tags: list[str]
+    layouts: dict[str, list[tuple[int, Fields]]]
+    numbers: list[dict[str, int]]
+
+
+def gather(folder: str = INPUTS) -> Database:
+    """All kernels, and every distinct layout of each structure, numbered from 1 (0: none)."""
     with open(os.path.join(folder, "kdk_kernels.csv"), newline="") as rows:
         listed = list(csv.DictReader(rows))
     kits = read_kits(folder)
@@ -257,14 +290,24 @@ def build(folder: str = INPUTS) -> list[bytes]:
     kernels = sorted([*main, *kit_kernels(listed, kits, main)], key=Kernel.age)
     settle_releases(kernels)
     tags = sorted({tag for kernel in kernels for tag in kernel.structs})
-    lines, matrix = [], bytearray()
     layouts: dict[str, list[tuple[int, Fields]]] = {tag: [] for tag in tags}
-    for name, kernel in name_all(kernels):
-        lines.append("\t".join((name, " ".join(kernel.releases), kernel.origin)))
-        for tag in tags:
-            matrix.append(_number(layouts[tag], kernel.structs.get(tag)))
-    index = "\n".join(tags) + "\n\n" + "\n".join(lines)
-    return [index.encode() + b"\0" + bytes(matrix), *(pack_struct(layouts[tag]) for tag in tags)]
+    named = name_all(kernels)
+    numbers = [
+        {tag: _number(layouts[tag], kernel.structs.get(tag)) for tag in tags} for _, kernel in named
+    ]
+    return Database(named, tags, layouts, numbers)
+
+
+def build(database: Database) -> list[bytes]:
+    """The unpacked streams of the resource: the index, then one per structure."""
+    lines = [
+        "\t".join((name, " ".join(kernel.releases), kernel.origin))
+        for name, kernel in database.kernels
+    ]
+    matrix = bytes(row[tag] for row in database.numbers for tag in database.tags)
+    index = "\n".join(database.tags) + "\n\n" + "\n".join(lines)
+    structs = (pack_struct(database.layouts[tag]) for tag in database.tags)
+    return [index.encode() + b"\0" + matrix, *structs]
 
 
 def _number(known: list[tuple[int, Fields]], layout: tuple[int, Fields] | None) -> int:
@@ -276,14 +319,14 @@ def _number(known: list[tuple[int, Fields]], layout: tuple[int, Fields] | None) 
     return known.index(layout) + 1
 
 
-def pack(streams: list[bytes]) -> bytes:
+def pack(streams: list[bytes], magic: bytes = MAGIC) -> bytes:
     packed = [zlib.compress(stream, 9) for stream in streams]
     lengths = struct.pack(f"<{len(packed) + 1}I", len(packed), *map(len, packed))
-    return MAGIC + lengths + b"".join(packed)
+    return magic + lengths + b"".join(packed)
 
 
 def main(folder: str = INPUTS) -> None:
-    content = pack(build(folder))
+    content = pack(build(gather(folder)))
     os.makedirs(os.path.dirname(PATH), exist_ok=True)
     with open(PATH, "wb") as resource:
         resource.write(content)

@@ -16,7 +16,7 @@ from kvmtool.types.flatten import flatten
 from kvmtool.types.type_names import parse_type
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from kvmtool.types.flatten import Struct
 
@@ -28,6 +28,23 @@ struct sysctl_oid {
 };
 /* osfmk/kern/queue.h */
 struct queue_entry { struct queue_entry *next; struct queue_entry *prev; };
+/* bsd/sys/time.h */
+struct timeval { long tv_sec; int tv_usec; };
+struct timespec { long tv_sec; long tv_nsec; };
+/* bsd/sys/proc_internal.h, mount_internal.h: the heads of lists */
+struct proclist { struct proc *lh_first; };
+struct pidhashhead { struct proc *lh_first; };
+struct pgrphashhead { struct pgrp *lh_first; };
+struct sesshashhead { struct session *lh_first; };
+struct mntlist { struct mount *tqh_first; struct mount **tqh_last; };
+struct vnodelst { struct vnode *tqh_first; struct vnode **tqh_last; };
+/* bsd/netinet/in_pcb.h, in_var.h, bsd/net/if_var.h, bsd/sys/domain.h */
+struct inpcbhead { struct inpcb *lh_first; };
+struct in_ifaddrhead { struct in_ifaddr *tqh_first; struct in_ifaddr **tqh_last; };
+struct ifnethead { struct ifnet *tqh_first; struct ifnet **tqh_last; };
+struct domains_head { struct domain *tqh_first; struct domain **tqh_last; };
+/* bsd/sys/resource.h, bsd/vm/vm_unix.c */
+struct loadavg { unsigned int ldavg[3]; long fscale; };
 """
 _STRUCT = re.compile(r"struct (\w+) \{(.*?)\};", re.DOTALL)
 _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
@@ -41,9 +58,11 @@ class FixedTypes:
     origin = "structures that no release changed"
     byteorder = "<"
 
-    def __init__(self, pointer_size: int) -> None:
-        """Parses nothing but the names."""
-        self.pointer_size = pointer_size
+    def __init__(
+        self, pointer_size: int, known: Callable[[str], CType | None] | None = None
+    ) -> None:
+        """Parses nothing but the names; `known` finds structures that are declared elsewhere."""
+        self.pointer_size, self._known = pointer_size, known
         self._texts = dict(_STRUCT.findall(_COMMENT.sub("", DECLARATIONS)))
         self._made: dict[str, Compound] = {}
 
@@ -95,7 +114,8 @@ class FixedTypes:
         return kind
 
     def _pointed(self, tag: str) -> CType:
-        return self.find("tag", tag) or Compound("struct", tag, None)
+        found = self._known(tag) if self._known is not None else self.find("tag", tag)
+        return found or Compound("struct", tag, None)
 
     def _alignment(self, ctype: CType) -> int:
         found = unqualified(ctype)

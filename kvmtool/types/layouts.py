@@ -4,38 +4,35 @@ tools/build_layouts.py compiles them into data/layouts.bin; docs/layouts.md says
 come from. A kernel is found by its xnu release and architecture, never by the OS version: `pmap`
 changes between kernels that all call themselves 10.11.6.
 
-The file: b"KVMLAYT1", a count n, n packed lengths (u32, little-endian), n zlib streams. The first
-stream is the index: the structures' tags, a line each; an empty line; for each kernel a line
-"name, releases, origin" with tabs between; NUL; then for each kernel one byte per structure: 0 if
-the kernel has none of that name, else the number of its layout from 1. Then a stream per structure:
-the members' names, a line each, bit-fields with a colon in front; NUL; and a row of u16 per layout:
-the size, for each name the distance from the member before it (0x8001: not in this layout), and for
-each bit-field (bit_size + 1) << 8 | bit_offset. Layouts of one structure differ little, so rows
-repeat each other nearly and zlib does the rest; one row is read without its neighbours.
+The file is a `resource` of streams. The first is the index: the structures' tags, a line each; an
+empty line; for each kernel a line "name, releases, origin" with tabs between; NUL; then for each
+kernel one byte per structure: 0 if the kernel has none of that name, else the number of its layout
+from 1. Then a stream per structure: the members' names, a line each, bit-fields with a colon in
+front; NUL; and a row of u16 per layout: the size, for each name the distance from the member before
+it (0x8001: not in this layout), and for each bit-field (bit_size + 1) << 8 | bit_offset. Layouts of
+one structure differ little, so rows repeat each other nearly and zlib does the rest; one row is
+read without its neighbours.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import os
-import zlib
 from bisect import bisect_left
 from struct import Struct as Record
-from struct import error as StructError
-from struct import unpack_from
 from typing import NamedTuple
 
-from kvmtool.errors import FormatError, NotFoundError
+from kvmtool.errors import NotFoundError
 from kvmtool.types.flatten import Member, Struct
 from kvmtool.types.layout_types import LayoutTypes
 from kvmtool.types.model import TypeTable
 from kvmtool.types.near import near_misses
+from kvmtool.types.resource import DATA, Resource
 
 MAGIC = b"KVMLAYT1"
 ABSENT = 0x8001
 BIT_FIELD = ":"
-PATH = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data/layouts.bin")
+PATH = os.path.join(DATA, "layouts.bin")
 
 # Typedef names by which a structure is known at least as well as by its tag.
 ALIASES = {
@@ -77,30 +74,12 @@ class _Database:
     """data/layouts.bin, with its index decoded and every structure still packed."""
 
     def __init__(self, path: str) -> None:
-        self._path = path
-        with open(path, "rb") as resource:
-            self._packed = resource.read()
-        if not self._packed.startswith(MAGIC):
-            start = self._packed[: len(MAGIC)]
-            raise FormatError(path, 0, f"expected {MAGIC!r}, got {start!r}: reinstall kvmtool")
-        try:
-            self._spans = _spans(self._packed)
-        except StructError as exc:
-            raise FormatError(path, len(MAGIC), f"{exc}: reinstall kvmtool") from exc
-        text, _, self._matrix = self.block(0).partition(b"\0")
+        self._resource = Resource(path, MAGIC)
+        text, _, self._matrix = self._resource.stream(0).partition(b"\0")
         tags, _, kernels = text.decode().partition("\n\n")
         self.tags = tags.split("\n")
         self.kernels = [_kernel(line) for line in kernels.split("\n")]
         self._number = {tag: number for number, tag in enumerate(self.tags)}
-
-    def block(self, number: int) -> bytes:
-        """The unpacked stream `number`: 0 is the index, 1 + i the structure tags[i]."""
-        start, end = self._spans[number]
-        try:
-            return zlib.decompress(self._packed[start:end])
-        except zlib.error as exc:
-            what = f"layout stream {number} is damaged ({exc}): reinstall kvmtool"
-            raise FormatError(self._path, start, what) from exc
 
     def table(self, kernel: int) -> TypeTable:
         columns = len(self.tags)
@@ -109,20 +88,21 @@ class _Database:
 
         def load(tag: str) -> Struct:
             number = self._number[tag]
-            return _decode(tag, self.block(1 + number), row[number] - 1)
+            return _decode(tag, self._resource.stream(1 + number), row[number] - 1)
+
+        def texts(tag: str) -> dict[str, str]:
+            from kvmtool.types.layout_texts import texts_of
+
+            number = self._number[tag]
+            names = _names(self._resource.stream(1 + number))
+            return texts_of(
+                tag, number, row[number] - 1, [n.removeprefix(BIT_FIELD) for n in names]
+            )
 
         found = self.kernels[kernel]
         wide = 4 if found.arch == "i386" else 8
-        source = LayoutTypes(found.name, found.origin, tags, load, ALIASES, wide)
+        source = LayoutTypes(found.name, found.origin, tags, load, ALIASES, wide, texts)
         return TypeTable(source, source.flat)
-
-
-def _spans(packed: bytes) -> list[tuple[int, int]]:
-    """Start and end in the file of every stream."""
-    (count,) = unpack_from("<I", packed, len(MAGIC))
-    lengths = unpack_from(f"<{count}I", packed, len(MAGIC) + 4)
-    ends = list(itertools.accumulate(lengths, initial=len(MAGIC) + 4 + 4 * count))
-    return list(itertools.pairwise(ends))
 
 
 def _kernel(line: str) -> _Kernel:
@@ -130,10 +110,14 @@ def _kernel(line: str) -> _Kernel:
     return _Kernel(name, name.rpartition(" ")[2], tuple(releases.split()), origin)
 
 
+def _names(block: bytes) -> list[str]:
+    """The members' names in a structure's stream, bit-fields with their mark."""
+    return block[: block.index(b"\0")].decode().split("\n")
+
+
 def _decode(tag: str, block: bytes, layout: int) -> Struct:
     """Layout number `layout` (from 0) of the structure whose stream is `block`."""
-    text, _, rows = block.partition(b"\0")
-    names = text.decode().split("\n")
+    names, rows = _names(block), block[block.index(b"\0") + 1 :]
     bit_fields = sum(name.startswith(BIT_FIELD) for name in names)
     record = Record(f"<{1 + len(names) + bit_fields}H")
     size, *cells = record.unpack_from(rows, layout * record.size)
