@@ -37,6 +37,8 @@ COMMANDS = {
     "read": ("memory", "Read kernel memory."),
     "regions": ("space", "What memory there is, and what is absent."),
     "search": ("space", "Find a string, bytes or a pointer in memory."),
+    "sysctl": ("sysctl", "The sysctl names, and the values that lie in memory."),
+    "syscalls": ("syscalls", "The system calls and Mach traps, and what answers them."),
     "symbol": ("images", "What lies at an address: name+offset [kext]."),
     "symbols": ("symbols", "List symbols, as nm does."),
     "vtop": ("space", "How an address is translated to a physical one."),
