@@ -167,6 +167,18 @@ class RunMemory:
             return bytes(size)
         return self._view(offset + address - self._starts[at], size)
 
+    def mapped(self) -> memoryview | None:
+        """The whole source, if it is a mapped file; not to be kept (see `FileSource.view`)."""
+        whole = None if self._view is None else self._view(0, self.source.size)
+        return whole if isinstance(whole, memoryview) else None
+
+    def place(self, start: int, end: int) -> int | None:
+        """What to add to the addresses [start, end) for offsets in the source, if in one run."""
+        at = bisect_right(self._starts, start) - 1
+        if at < 0 or end > self._ends[at] or self._offsets[at] == ZERO_FILL:
+            return None
+        return self._offsets[at] - self._starts[at]
+
     def check(self, address: int, size: int) -> None:
         """Raises `FaultError` for the first bad address of the range; reads nothing."""
         for start, _, held in self.spans(address, size):

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvmtool.arch.pages import ABSENT, permissions
 from kvmtool.errors import FaultError
-from kvmtool.memory import Piece, Region
+from kvmtool.memory import Piece, Region, RunMemory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
     from kvmtool.memory import Memory
 
 BUDGET = 64 << 20  # bytes that translations kept in memory may take
-_EXTENT_COST = 120  # bytes a kept extent takes: two numbers, and their places in three lists
+_EXTENT_COST = 164  # bytes a kept extent takes: three numbers, and their places in four lists
 _WINDOW_COST = 400
+_SLICED = 1 << 15  # bytes of a read from which on it pays to know where extents are in the file
 _PIECE = 1 << 20  # bytes of one piece, and of one step of a search
 
 
@@ -58,6 +60,8 @@ class PagedMemory:
         self._read = physical.read
         self._view: Callable[[int, int], memoryview | bytes]
         self._view = getattr(physical, "view", physical.read)
+        self._runs = physical if isinstance(physical, RunMemory) else None
+        self._places: dict[int, list[int | None]] = {}
         self._shift = walker.window_bits
         self._windows: dict[int, Window] = {}
         self.budget = self._left = budget
@@ -78,6 +82,7 @@ class PagedMemory:
     def forget(self) -> None:
         """Translate anew from here on: the page tables may have changed."""
         self._windows.clear()
+        self._places.clear()
         self._left = self.budget
 
     def translate(self, address: int) -> tuple[int, int]:
@@ -107,6 +112,10 @@ class PagedMemory:
         """The range by its extents: all are translated before the first is read."""
         if size <= 0:
             return b""
+        if size > _SLICED and self._runs is not None and self.budget:
+            slices = self._slices(self._runs, address, address + size)
+            if slices is not None:
+                return b"".join(slices)
         extents = self._extents(address, size)
         parts: list[memoryview | bytes] = []
         try:
@@ -118,6 +127,39 @@ class PagedMemory:
             start = address + sum(length for _, length in extents[:count])
             raise self._absent(fault, extents[count][0] - start, size) from None
         return b"".join(parts)
+
+    def _slices(self, runs: RunMemory, address: int, end: int) -> list[memoryview] | None:
+        """The range as slices of the mapped file, if there is one and all of it lies there."""
+        whole = runs.mapped()
+        if whole is None:
+            return None
+        slices: list[memoryview] = []
+        while True:
+            window = self._window(address)
+            places = self._places.get(address >> self._shift) or self._place(runs, address, window)
+            at = bisect_right(window.starts, address)
+            for stop, place in zip(
+                islice(window.starts, at, None), islice(places, at - 1, None), strict=True
+            ):
+                if place is None:
+                    return None
+                if stop >= end:
+                    slices.append(whole[address + place : end + place])
+                    return slices
+                slices.append(whole[address + place : stop + place])
+                address = stop
+
+    def _place(self, runs: RunMemory, address: int, window: Window) -> list[int | None]:
+        """What leads from each extent of a window to the file; None where it is not in one run."""
+        places: list[int | None] = []
+        starts = window.starts
+        for start, end, delta in zip(starts, islice(starts, 1, None), window.deltas, strict=False):
+            place = None if delta is None else runs.place(start + delta, end + delta)
+            places.append(None if place is None or delta is None else place + delta)
+        index = address >> self._shift
+        if index in self._windows:
+            self._places[index] = places
+        return places
 
     def _extents(self, address: int, size: int) -> list[tuple[int, int]]:
         """The range as (physical address, bytes). Raises `FaultError`."""
@@ -171,6 +213,7 @@ class PagedMemory:
             while self._left < cost and self._windows:
                 oldest = next(iter(self._windows))
                 gone = self._windows.pop(oldest)
+                self._places.pop(oldest, None)
                 self._left += _WINDOW_COST + _EXTENT_COST * len(gone.deltas)
             if cost <= self._left:
                 self._left -= cost

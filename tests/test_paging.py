@@ -507,6 +507,56 @@ class Counting:
         yield Region(0, len(self.data))
 
 
+def in_a_file(memory: bytes, runs: list[tuple[int, int]], path) -> RunMemory:
+    """Physical memory of these (start, end) in a mapped file that holds the last of them first."""
+    starts, ends, offsets, at = array("Q"), array("Q"), array("Q"), 0
+    with open(path, "wb") as out:
+        for start, end in reversed(runs):
+            out.write(memory[start:end])
+            starts.append(start)
+            ends.append(end)
+            offsets.append(at)
+            at += end - start
+    return RunMemory(FileSource(str(path)), starts, ends, offsets, space="physical")
+
+
+def outcome(memory: PagedMemory, address: int, size: int) -> bytes | tuple[int, str]:
+    try:
+        return memory.read(address, size)
+    except FaultError as error:
+        return error.address, error.reason
+
+
+@pytest.mark.parametrize("mode", ["PAE", "4-level", "arm64 16K T1SZ 17"])
+def test_long_reads_of_a_mapped_file_are_those_of_single_pages(mode, tmp_path):
+    """In extents that lie in one run of the file, in two, or where the file has nothing."""
+    tables = Tables(mode, 8 * MIB)
+    base, page, rand = KERNEL[mode], tables.page, random.Random(mode)
+    fill(tables, 0, 6 * MIB)
+    at, end = base, base + 6 * MIB
+    while at < end:
+        count = min(rand.randint(1, 40), (end - at) // page)
+        physical = rand.randrange(0, 6 * MIB // page - count) * page
+        for number in range(count if rand.random() < 0.97 else 0):
+            tables.map(at + number * page, physical + number * page)
+        at += count * page
+    runs = [(0, 2 * MIB), (2 * MIB, 5 * MIB), (5 * MIB + 2 * page, 8 * MIB)]
+    physical = in_a_file(tables.memory, runs, tmp_path / "memory")
+    fast = PagedMemory(physical, walker(physical, mode, tables.root))
+    plain = paged(tables, (5 * MIB, 5 * MIB + 2 * page), budget=0)
+    whole = 0
+    for _ in range(150):
+        address = base + rand.randrange(6 * MIB)
+        size = rand.randrange(1 << rand.randint(1, 20))
+        expected = outcome(plain, address, size)
+        assert outcome(fast, address, size) == expected
+        whole += isinstance(expected, bytes) and size > 32 << 10
+    assert whole > 10
+    assert fast._places
+    assert None in [place for places in fast._places.values() for place in places]
+    physical.source.close()  # no slice of it was kept
+
+
 def test_translations_are_kept_within_a_budget():
     tables = Tables("4-level", 2 * MIB)
     base = KERNEL["4-level"]
@@ -521,7 +571,26 @@ def test_translations_are_kept_within_a_budget():
     assert physical.reads == 1
     memory.read(base, 8)  # forgotten to make room
     assert physical.reads == 1 + 5
-    assert sum(400 + 120 * len(w.deltas) for w in memory._windows.values()) <= 4000
+    assert sum(400 + 164 * len(w.deltas) for w in memory._windows.values()) <= 4000
+
+
+def test_places_in_the_file_go_with_their_translations(tmp_path):
+    tables = Tables("4-level", 4 * MIB)
+    base = KERNEL["4-level"]
+    for number in range(16):
+        for inside in range(0, 64 << 10, 4096):
+            tables.map(base + number * 2 * MIB + inside, number << 16 | inside)
+    physical = in_a_file(tables.memory, [(0, 4 * MIB)], tmp_path / "memory")
+    memory = PagedMemory(physical, walker(physical, "4-level", tables.root), budget=3000)
+    for number in range(16):
+        memory.read(base + number * 2 * MIB, 64 << 10)
+        assert memory.read(base + number * 2 * MIB, 60 << 10)  # one extent: nothing is sliced
+    for number in range(16):
+        memory._slices(physical, base + number * 2 * MIB, base + number * 2 * MIB + 8)
+    assert 0 < len(memory._places) == len(memory._windows) <= 4
+    memory.forget()
+    assert not memory._places
+    physical.source.close()
 
 
 def test_a_live_memory_is_translated_anew():
