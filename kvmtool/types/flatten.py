@@ -54,7 +54,8 @@ def flatten(compound: Compound) -> Struct:
     """
     members: dict[str, Member] = {}
     for count, member in enumerate(_members(compound, "", 0, 0)):
-        members.setdefault(member.name, member)
+        if member.name:
+            members.setdefault(member.name, member)
         if count > MEMBER_LIMIT:
             raise KvmError(f"struct {compound.tag}: expected at most {MEMBER_LIMIT} members")
     ordered = sorted(members.values(), key=lambda member: (member.offset, member.bit_offset or 0))
@@ -63,13 +64,14 @@ def flatten(compound: Compound) -> Struct:
 
 
 def _members(compound: Compound, prefix: str, base: int, depth: int) -> Iterator[Member]:
+    """All members, those without a name with an empty one."""
     if depth > DEPTH_LIMIT:
         raise KvmError(f"struct {compound.tag}: structures nested deeper than {DEPTH_LIMIT}")
     for field in compound.fields:
         offset = base + field.offset
-        if field.name:
-            yield Member(prefix + field.name, offset, field.bit_offset, field.bit_size)
+        name = prefix + field.name if field.name else ""  # what has none still counts
+        yield Member(name, offset, field.bit_offset, field.bit_size)
         inner = unqualified(field.type)
         if isinstance(inner, Compound):
-            below = f"{prefix}{field.name}." if field.name else prefix
+            below = f"{name}." if name else prefix
             yield from _members(inner, below, offset, depth + 1)

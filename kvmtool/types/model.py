@@ -7,9 +7,9 @@ offsets by dotted names, which is how the kernel object model asks.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from kvmtool.errors import NotFoundError
+from kvmtool.errors import KvmError, NotFoundError
 from kvmtool.types.ctype import Compound, unqualified
 from kvmtool.types.flatten import Struct, flatten
 from kvmtool.types.near import near_members, near_misses
@@ -58,6 +58,7 @@ class TypeTable:
         """`flat` gives a tag's flattened structure where that is to be had more quickly."""
         self.source, self.name, self.origin = source, source.name, source.origin
         self._flat = flat or self._flattened
+        self._constructs: dict[str, Any] = {}
         self._loaded: dict[str, Struct | None] = {}
 
     def __repr__(self) -> str:
@@ -71,6 +72,21 @@ class TypeTable:
         from kvmtool.types.type_names import parse_type
 
         return parse_type(text, self.source)
+
+    def construct(self, name: str) -> Any:
+        """The structure `name` as a construct `Struct`: see `as_construct`.
+
+        Raises: as `type`, and `KvmError` for what is no structure these types define.
+        """
+        from kvmtool.types.as_construct import construct_of
+        from kvmtool.types.declare import declare
+
+        if name not in self._constructs:
+            found = unqualified(self.type(name))
+            if not isinstance(found, Compound):
+                raise KvmError(f"{name}: expected a structure, got {declare(found)}")
+            self._constructs[name] = construct_of(found, self.source.byteorder)
+        return self._constructs[name]
 
     def variable(self, name: str) -> CType | None:
         """The type of the kernel variable or function `name` (with or without its underscore).
