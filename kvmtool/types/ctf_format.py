@@ -131,6 +131,11 @@ class CtfBody:
             size, tail = high << 32 | low, tail + 8
         return Record(name, info >> 11 & 31, bool(info & 0x400), info & MAX_VLEN, size, tail)
 
+    def name_and_vlen(self, at: int) -> tuple[int, int]:
+        """The name and the count of the type at body offset `at`: `record` without the rest."""
+        name, info, _ = self._head.unpack_from(self.data, at)
+        return name, info & MAX_VLEN
+
     def records(self) -> tuple[array[int], array[int]]:
         """Body offset and kind of every type, in order; every record lies before the strings."""
         unit, code = (4, "I") if self.wide else (2, "H")
