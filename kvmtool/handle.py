@@ -430,10 +430,10 @@ class Kvm:
             if verdict.fits is None:
                 text = f"layout {choice.table.name} is not verified: {verdict.why}"
                 warnings.warn(text, KvmWarning, stacklevel=3)
-            passed_over = self.tried[0]
-            if passed_over[0].exact and not choice.exact:
-                text = f"{passed_over[0].how}: do not fit, {passed_over[2].why}"
-                warnings.warn(f"{text}; {choice.how}", KvmWarning, stacklevel=3)
+            exact = self.exact_types if len(self.tried) > 1 else None
+            if exact is not None and not choice.how.startswith(exact.how):
+                text = f"{exact.how}, do not fit: {self.tried[0][2].why}; {choice.how}"
+                warnings.warn(text, KvmWarning, stacklevel=3)
         return choice, target
 
     @cached_property

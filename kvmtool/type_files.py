@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvmtool.errors import (
     FaultError,
@@ -21,23 +20,19 @@ from kvmtool.errors import (
     UnknownFormatError,
     UnsupportedError,
 )
-from kvmtool.macho import MAGICS, is_macho, uuid_text
+from kvmtool.macho import MAGICS, MachO, uuid_text
 from kvmtool.source import FileSource
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from kvmtool.macho import MachO
     from kvmtool.source import Source
     from kvmtool.types.model import TypeSource
 
 ENVIRONMENT = "KVMTOOL_TYPES"
 
-_CTF_MAGICS = {b"\xf1\xcf": "<", b"\xcf\xf1": ">"}  # 0xCFF1, sys/ctf.h
-_ZIP, _GZIP, _XZ = b"PK\x03\x04", b"\x1f\x8b", b"\xfd7zXZ\x00"
-_FAT = (b"\xca\xfe\xba\xbe", b"\xca\xfe\xba\xbf")
-_PEEK = 1 << 12  # bytes decoded of a packed file to see what is in it
-_XZ_MEMORY = 1 << 27
+_ENDIAN = {"<": "little-endian", ">": "big-endian"}
+_ZIP = b"PK\x03\x04"
 _INSIDE_DSYM = os.path.join("Contents", "Resources", "DWARF")
 _BESIDE = (".ctfdata", ".ctf", ".json", ".json.xz", ".json.gz")  # after the kernel's file name
 
@@ -60,8 +55,15 @@ class Found(NamedTuple):
     held: tuple[Source, ...] = ()
 
 
-def open_types(path: str, kernel: KernelIdentity | None = None, force: bool = False) -> Found:
+def open_types(
+    path: str,
+    kernel: KernelIdentity | None = None,
+    force: bool = False,
+    how: str = "named by the user",
+) -> Found:
     """The types in the file (or dSYM bundle) at `path`, for `kernel` where one is known.
+
+    `how` says why this file, for the user.
 
     Raises OSError, `UnknownFormatError`, `FormatError`, NotFoundError("types") for a file that may
     hold types but does not, and `MismatchError` for another kernel's unless `force`.
@@ -69,13 +71,27 @@ def open_types(path: str, kernel: KernelIdentity | None = None, force: bool = Fa
     identity = kernel or KernelIdentity()
     if os.path.isdir(path):
         path = _in_bundle(path, identity)
-    source = FileSource(path)
+    held: list[Source] = [FileSource(path)]
     try:
-        found = _read(source, identity, force)
+        found = _read(held, identity, force)
+        _check_shape(found, kernel, force)
     except BaseException:
-        source.close()
+        for source in held:
+            source.close()
         raise
-    return Found(found, f"types of {found.name}: {found.origin}", (source,))
+    return Found(found, f"{found.origin}, {how}", tuple(held))
+
+
+def _check_shape(found: TypeSource, kernel: KernelIdentity | None, force: bool) -> None:
+    shape = found.byteorder, found.pointer_size
+    if kernel is None or force or shape == (kernel.byteorder, kernel.pointer_size):
+        return
+    theirs = f"{8 * found.pointer_size}-bit {_ENDIAN[found.byteorder]}"
+    ours = f"{8 * kernel.pointer_size}-bit {_ENDIAN[kernel.byteorder]}"
+    raise MismatchError(
+        f"{found.origin}: these types are of a {theirs} machine, the kernel is {ours}; "
+        "--force uses them all the same"
+    )
 
 
 def find_types(
@@ -90,15 +106,17 @@ def find_types(
     directories of `kernel_path` (KVMTOOL_KERNEL_PATH by default), and in CTF or ISF files beside
     the kernel. What is damaged or another kernel's is passed over with a warning.
     """
-    for place in _places(image, path, kernel, kernel_path):
+    for place, how in _places(image, path, kernel, kernel_path):
         try:
-            found = _inside(place) if not isinstance(place, str) else open_types(place, kernel)
-        except (FormatError, FaultError, MismatchError, NotFoundError, UnsupportedError) as error:
-            if not isinstance(error, (NotFoundError, UnsupportedError)):
-                warnings.warn(f"types passed over: {error}", KvmWarning, stacklevel=2)
+            if isinstance(place, str):
+                return open_types(place, kernel, how=how)
+            inside = types_in(place)
+            if inside is not None:
+                return Found(inside, f"{inside.origin}, {how}")
+        except NotFoundError:
             continue
-        if found is not None:
-            return found
+        except (FormatError, FaultError, MismatchError, UnsupportedError) as error:
+            warnings.warn(f"types passed over: {error}", KvmWarning, stacklevel=2)
     return None
 
 
@@ -107,15 +125,19 @@ def _places(
     path: str | None,
     kernel: KernelIdentity,
     kernel_path: Sequence[str] | None,
-) -> Iterator[MachO | str]:
-    """Where types may be, the fullest first; a string is a path."""
-    beside = [] if path is None else [path, os.path.splitext(path)[0]]
-    yield from (f"{stem}.dSYM" for stem in beside if os.path.isdir(f"{stem}.dSYM"))
+) -> Iterator[tuple[MachO | str, str]]:
+    """Where types may be, the fullest first, and what to call that; a string is a path."""
+    stems = [] if path is None else [path, os.path.splitext(path)[0]]
+    for stem in stems:
+        if os.path.isdir(f"{stem}.dSYM"):
+            yield f"{stem}.dSYM", "beside the kernel"
     if image is not None:
-        yield image
-    yield from _known_dsym(kernel.uuid, kernel_path)
-    files = (f"{stem}{suffix}" for stem in beside for suffix in _BESIDE)
-    yield from (name for name in files if os.path.isfile(name))
+        yield image, "in the kernel itself"
+    for found in _known_dsym(kernel.uuid, kernel_path):
+        yield found, "found by the kernel's UUID"
+    for name in (f"{stem}{suffix}" for stem in stems for suffix in _BESIDE):
+        if os.path.isfile(name):
+            yield name, "beside the kernel"
 
 
 def _known_dsym(uuid: bytes | None, kernel_path: Sequence[str] | None) -> Iterator[str]:
@@ -130,29 +152,19 @@ def _known_dsym(uuid: bytes | None, kernel_path: Sequence[str] | None) -> Iterat
         yield known.path
 
 
-def _inside(image: MachO) -> Found | None:
-    """The types that a kernel carries itself."""
-    found = types_in(image)
-    return None if found is None else Found(found, f"types of {found.name}: {found.origin}")
-
-
 def types_in(image: MachO) -> TypeSource | None:
     """DWARF if the Mach-O has it, else CTF, else None. Raises `FormatError`."""
-    names = {section.segname for section in image.sections}
+    segments = {section.segname for section in image.sections}
     found: TypeSource | None = None
-    if "__DWARF" in names:
-        found = _reader("dwarf", "open_dwarf")(image)
-    if found is None and "__CTF" in names:
-        found = _reader("ctf", "ctf_of")(image)
+    if "__DWARF" in segments:
+        from kvmtool.types.dwarf import open_dwarf
+
+        found = open_dwarf(image)
+    if found is None and ("__CTF" in segments or image.warnings):
+        from kvmtool.types.ctf import ctf_of
+
+        found = ctf_of(image)
     return found
-
-
-def _reader(module: str, name: str) -> Any:
-    """A reader's function. Its module is loaded when its format is met."""
-    try:
-        return getattr(import_module(f"kvmtool.types.{module}"), name)
-    except ModuleNotFoundError as error:
-        raise UnsupportedError(f"types in the form of {module} cannot be read yet") from error
 
 
 def _in_bundle(path: str, kernel: KernelIdentity) -> str:
@@ -173,55 +185,69 @@ def _in_bundle(path: str, kernel: KernelIdentity) -> str:
     return files[0]
 
 
-def _read(source: FileSource, kernel: KernelIdentity, force: bool) -> TypeSource:
+def _read(held: list[Source], kernel: KernelIdentity, force: bool) -> TypeSource:
+    """The types in the open file `held`, to which other open ones are added."""
+    source = held[0]
     head = source.read_at(0, min(16, source.size))
-    inner = _packed_head(source, head) if head.startswith((_GZIP, _XZ)) else head
-    found: TypeSource
-    if inner[:4] in MAGICS or inner[:4] in _FAT:
-        return _in_macho(source, kernel, force)
-    if inner is head and head[:2] in _CTF_MAGICS:
-        found = _reader("ctf", "open_ctf")(source, 0, source.size, pointer_size=kernel.pointer_size)
-        return found
-    if inner.lstrip()[:1] == b"{":
-        found = _reader("isf", "open_isf")(source.name)
-        return found
     if head.startswith(_ZIP):
-        found = _reader("vtypes", "open_profile")(source.name)
-        return found
-    raise UnknownFormatError(
-        source.name,
-        0,
-        f"expected a Mach-O, CTF, ISF or a Volatility profile, got {head[:4].hex() or 'nothing'}",
-    )
+        from kvmtool.types.vtypes import open_profile
+
+        return open_profile(source.name)
+    if head[:4] in MAGICS:
+        return _in_macho(MachO(source), kernel, force)
+    from kvmtool.types.ctf import is_ctf
+
+    if is_ctf(head):
+        from kvmtool.types.ctf import open_ctf
+
+        return open_ctf(source, pointer_size=kernel.pointer_size)
+    from kvmtool.types.isf import is_isf
+
+    if is_isf(source):
+        return _in_isf(source, kernel, force)
+    return _in_wrapping(held, kernel, force)
 
 
-def _packed_head(source: Source, head: bytes) -> bytes:
-    """The first bytes that are in a gzip or xz file. Raises `FormatError`."""
-    import lzma
-    import zlib
-
-    raw = source.read_at(0, min(_PEEK, source.size))
-    try:
-        if head.startswith(_GZIP):
-            return zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(raw, 64)
-        return lzma.LZMADecompressor(memlimit=_XZ_MEMORY).decompress(raw, 64)
-    except (zlib.error, lzma.LZMAError, EOFError) as error:
-        raise FormatError(source.name, 0, f"cannot be decompressed: {error}") from error
-
-
-def _in_macho(source: FileSource, kernel: KernelIdentity, force: bool) -> TypeSource:
+def _in_wrapping(held: list[Source], kernel: KernelIdentity, force: bool) -> TypeSource:
+    """A Mach-O in a fat file, or in whatever else `peel` sees through."""
     from kvmtool.kernel_file import open_kernel
-    from kvmtool.macho import MachO
 
-    image = MachO(source) if is_macho(source.read_at(0, 4)) else None
-    if image is None:
+    source = held[0]
+    try:
         image = open_kernel(source.name, kernel.arch).kernel
+    except UnknownFormatError:
+        raise
+    except FormatError as error:
+        if error.offset != 0 or error.source != source.name:
+            raise
+        head = source.read_at(0, min(4, source.size)).hex() or "nothing"
+        what = f"expected a Mach-O, CTF, ISF or a Volatility 2 profile, got {head}"
+        raise UnknownFormatError(source.name, 0, what) from error
+    held.append(image.source)
+    return _in_macho(image, kernel, force)
+
+
+def _in_macho(image: MachO, kernel: KernelIdentity, force: bool) -> TypeSource:
+    name = image.source.name
     if image.uuid and kernel.uuid and image.uuid != kernel.uuid and not force:
         raise MismatchError(
-            f"{source.name} has the types of {uuid_text(image.uuid)}, "
-            f"the kernel is {uuid_text(kernel.uuid)}; --force uses them all the same"
+            f"{name} has the types of {uuid_text(image.uuid)}, the kernel is "
+            f"{uuid_text(kernel.uuid)}; --force uses them all the same"
         )
     found = types_in(image)
     if found is None:
-        raise NotFoundError("types", f"in {source.name}", hint="it has neither DWARF nor CTF")
+        raise NotFoundError("types", f"in {name}", hint="it has neither DWARF nor CTF")
+    return found
+
+
+def _in_isf(source: Source, kernel: KernelIdentity, force: bool) -> TypeSource:
+    from kvmtool.types.isf import open_isf
+
+    found = open_isf(source.name)
+    said = (found.constant("version") or b"").partition(b"\0")[0].decode("utf-8", "replace")
+    if said and kernel.banner and said.strip() != kernel.banner.strip() and not force:
+        raise MismatchError(
+            f"{source.name} has the types of {said.strip()!r}, the kernel is "
+            f"{kernel.banner.strip()!r}; --force uses them all the same"
+        )
     return found
