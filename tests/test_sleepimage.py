@@ -508,3 +508,28 @@ def test_every_page_of_a_dump(dump, image_of):
         for at in range(region.start, region.start + region.size, 1 << 20):
             size = min(1 << 20, region.start + region.size - at)
             assert found.read(at, size) == expected.read(at, size), hex(at)
+
+
+def test_memory_of_a_machine_that_ran(tmp_path):
+    kernel, raw = (
+        real("machine/x86_64-xnu-2422.115.4.mach_kernel"),
+        real("machine/kaslr.raw"),
+    )
+    with open(raw, "rb") as file:
+        low = file.read(0xA0000)
+        file.seek(0x100000)
+        pages = build.in_pages([(0, low), (0x100000, file.read())])
+    path = tmp_path / "sleepimage"
+    told = {"slide": 0xA00000, "code_address": 0xFFFFFF8000B00000}
+    path.write_bytes(build.image(pages, ERAS["10.9"], code=Span(0xB00, 0x40), **told))
+    with (
+        kvmtool.open(kernel, str(path)) as image,
+        kvmtool.open(kernel, raw, format="raw") as memory,
+        kvmtool.open(None, str(path)) as alone,
+    ):
+        assert image.dump.facts.slide == image.boot.slide == told["slide"]
+        assert alone.boot.kernel_address == image.boot.kernel_address
+        assert len(image.getprocs()) == 7
+        assert image.getprocs() == memory.getprocs() == alone.getprocs()
+        (table,) = image.nlist(["_cdevsw"])
+        assert image.read(table.address, 4096) == memory.read(table.address, 4096)

@@ -1,20 +1,23 @@
 """Hibernation images (/var/vm/sleepimage) of Intel machines, as far as they are not encrypted.
 
-Behind a header of 512 bytes, or of a block of the disk where that is more, lie one after the other:
-what the header had no room for of the file's extents; the kernel's __HIB section, which wakes the
-machine, as it is (its own stack as zeros); the preview, a list of page numbers and those pages as
-they are; the page list, bitmaps of the banks of memory; the wired pages. From `image1Size` on come
-the other pages. An image that is not encrypted has its wired pages twice from xnu-1699 on. The last
-one counts, as it does for the machine that wakes. What is in none of these is absent.
+Behind a header of 512 bytes, from xnu-2422 on of a block of the disk, lie one after the other: what
+the header has no room for of the file's extents; the kernel's __HIB section, which wakes the
+machine, as it is but for its stack, which is zeros; the preview, a list of page numbers and those
+pages as they are; the page list, bitmaps of the banks of memory; the wired pages. The other pages
+come from `image1Size` on. Of a page that is there twice the last counts, as it does for the machine
+that wakes (xnu-1699 to 3247 write the wired pages twice when they do not encrypt). What is in none
+of these is absent.
 
-The places were read in the source of xnu-792 (8.4), 1228, 1456, 1699, 2050, 2422, 2782, 3247 and a
-kernel of macOS 12 or later; the releases between write the same header. A page list that is not
-where they say is an error. Refused: encrypted images (nearly all from 10.7 on, and every one of
-10.8: that kernel says so whether it is or not), those of PowerPC machines (other byte order) and of
-Apple silicon (other header; their pages are always encrypted).
+So it is in the source of xnu-792 (8.4), 1228, 1456, 1699, 2422, 2782, 3247 and 8020 (21.4). What a
+kernel between or behind them writes is read if it fits: the page list must begin with its own size
+where these have it. Refused: encrypted images, which a kernel with encrypted swap writes unless
+`hibernatemode` has the bit 4, and every one of xnu-2050, which says so whether it is or not; those
+of PowerPC machines (other byte order) and of Apple silicon (other header, always encrypted). From
+xnu-2050 on the writer also reads through a null pointer when it does not encrypt: images of later
+kernels that can be read must be rare.
 
-Source: hibernate_write_image in iokit/Kernel/IOHibernateIO.cpp, hibernate_kernel_entrypoint in
-IOHibernateRestoreKernel.c, iokit/IOKit/IOHibernatePrivate.h of these releases.
+Source: hibernate_write_image and IOHibernateSystemSleep in iokit/Kernel/IOHibernateIO.cpp,
+hibernate_kernel_entrypoint in IOHibernateRestoreKernel.c, iokit/IOKit/IOHibernatePrivate.h.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ ends the list. A page of 4096 bytes is stored as it is; of 4, it is that word ag
 zeros (xnu-2422 and xnu-2782 wrote those); any other is WKdm.
 
 Source: hibernate_write_image and hibernate_machine_init in iokit/Kernel/IOHibernateIO.cpp,
-kIOHibernateTag* in IOHibernateInternal.h, of xnu-792, 1228, 1456, 1699, 2050, 2422, 2782, 3247.
+kIOHibernateTag* in IOHibernateInternal.h, of xnu-792 (8.4) to xnu-8020 (21.4).
 """
 
 from __future__ import annotations
