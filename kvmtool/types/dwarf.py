@@ -10,19 +10,19 @@ import os
 from typing import TYPE_CHECKING
 
 from kvmtool.types.ctype import Compound, Enum, Typedef, unqualified
+from kvmtool.types.dwarf_dies import DebugInfo
 from kvmtool.types.dwarf_lookup import PubLookup, TableLookup, WalkLookup
 from kvmtool.types.dwarf_sections import dwarf_sections
 from kvmtool.types.dwarf_types import TypeMaker
-from kvmtool.types.dwarf_units import DebugInfo
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from kvmtool.macho import MachO
     from kvmtool.types.ctype import CType
+    from kvmtool.types.dwarf_dies import Die
     from kvmtool.types.dwarf_lookup import Candidate, Lookup
     from kvmtool.types.dwarf_sections import Section
-    from kvmtool.types.dwarf_units import Die
 
 
 def open_dwarf(image: MachO) -> DwarfTypes | None:
@@ -45,7 +45,7 @@ class DwarfTypes:
         self.pointer_size = 8 if image.is64 else 4
         self.name = os.path.basename(image.source.name)
         self._info = info = DebugInfo(sections, image.byteorder)
-        first = info.units[0].shape.version if info.units else 0
+        first = info.units.all[0].shape.version if info.units.all else 0
         self.origin = f"DWARF {first} of {image.source.name}"
         self._maker = TypeMaker(info, self._full_name, self._definition)
         self._walk = WalkLookup(info)
@@ -56,11 +56,13 @@ class DwarfTypes:
         return f"<DwarfTypes {self.origin}>"
 
     def find(self, kind: str, name: str) -> CType | None:
-        """See `TypeSource.find`.
+        """See `TypeSource.find`; of the kind "variable" as `variable`.
 
         Where units define a name differently, what has the most members counts: XNU's headers give
         the inside of `struct wait_queue` to some, and words named "opaque" to all others.
         """
+        if kind == "variable":
+            return self.variable(name)
         key = (kind, name)
         if key not in self._found:
             made = [self._maker.at(candidate.offset) for candidate in self._sorted(kind, name)]
@@ -77,8 +79,15 @@ class DwarfTypes:
         return self._lookup.names(kind)
 
     def variable(self, name: str) -> CType | None:
-        """See `TypeSource.variable`; a C++ one also by its mangled name."""
-        for candidate in self._sorted("variable", name):
+        """See `TypeSource.variable`; a C++ one also by its mangled name.
+
+        What is defined in assembly has no definition here: a declaration tells its type.
+        """
+        candidates = self._sorted("variable", name)
+        if not candidates:
+            declared = self._walk.first("variable", name)
+            candidates = [] if declared is None else [declared]
+        for candidate in candidates:
             found = self._maker.variable(self._info.die(candidate.offset))
             if found is not None:
                 return found
@@ -110,6 +119,11 @@ def _lookup(info: DebugInfo, walk: WalkLookup) -> Lookup:
     """The best way from names to entries that the file offers."""
     sections, order = info.sections, info.byteorder
     strings = sections.get("__debug_str")
+    if strings is not None and "__debug_names" in sections:
+        from kvmtool.types.dwarf_names import NamesTable
+
+        both = NamesTable(sections["__debug_names"], strings, order)
+        return TableLookup(info, walk, both, both)
     if strings is not None and ("__apple_types" in sections or "__apple_names" in sections):
         from kvmtool.types.dwarf_apple import AppleTable
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from bisect import bisect_right
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from kvmtool.types import dwarf_numbers as dw
@@ -10,14 +12,15 @@ from kvmtool.types.dwarf_scan import form_of, last_part, scan
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from kvmtool.types.dwarf_dies import DebugInfo
     from kvmtool.types.dwarf_pub import PubTable
     from kvmtool.types.dwarf_scan import Named
-    from kvmtool.types.dwarf_units import DebugInfo, Unit
+    from kvmtool.types.dwarf_units import Unit
 
     Item = tuple[int, int | None]
 
 _SCOPED_UNITS = 8  # units of C++ whose full names are kept
-_NEEDLES = 4  # ends of strings that are looked for in the entries
+_PLACES = 4  # where a name is, or ends another, in the strings; more are not looked for
 
 
 class Candidate(NamedTuple):
@@ -80,7 +83,7 @@ class WalkLookup:
         """See `Lookup.names`."""
         if self._full is None:
             full: dict[tuple[str, str], dict[tuple[object, ...], Candidate]] = {}
-            for unit in self._info.units:
+            for unit in self._info.units.all:
                 for named in self.walk(unit):
                     known = full.setdefault(named[:2], {})
                     known.setdefault(named[3:], Candidate(*named[2:]))
@@ -112,30 +115,59 @@ class WalkLookup:
         """The names of a unit, without those of types that it only declares."""
         return (named for named in scan(self._info, unit) if named.rank < 3)
 
+    def first(self, kind: str, name: str) -> Candidate | None:
+        """The best candidate of the first unit that has one."""
+        for unit in self._units_with(name):
+            found = self._of_unit(unit).get((kind, name))
+            if found:
+                return min(found, key=lambda one: one.rank)
+        return None
+
     def _units_with(self, name: str) -> Iterator[Unit]:
         """The units whose bytes can name it: in themselves, or by an offset in `__debug_str`."""
-        info = self._info
-        needles = self._needles(last_part(name))
-        for unit in info.units:
+        units = self._info.units.all
+        text = last_part(name).encode("utf-8", "surrogateescape") + b"\0"
+        offsets = self._string_offsets(text)
+        if offsets is None:
+            yield from units
+            return
+        indexed = self._units_indexing(offsets)
+        needles = [text, *offsets]
+        for unit in units:
             start, end = unit.first - unit.start, unit.end - unit.start
-            if (
-                needles is None
-                or unit.shape.version >= 5  # its strings may have numbers
-                or any(unit.section.find(needle, start, end) >= 0 for needle in needles)
+            if unit.offset in indexed or any(
+                unit.section.find(needle, start, end) >= 0 for needle in needles
             ):
                 yield unit
 
-    def _needles(self, name: str) -> list[bytes] | None:
-        """What stands in an entry of that name; None if that would be too many things."""
-        text = name.encode("utf-8", "surrogateescape") + b"\0"
-        found = [text]
+    def _string_offsets(self, text: bytes) -> list[bytes] | None:
+        """Where `text` stands in `__debug_str`, as an entry writes it; None for many places."""
         strings = self._info.sections.get("__debug_str")
+        found: list[bytes] = []
         at = -1 if strings is None else strings.find(text)
         while at >= 0 and strings is not None:
-            if len(found) > _NEEDLES:
+            if len(found) > _PLACES:
                 return None
-            found.append(at.to_bytes(4, self._info.order))
+            found.append((at & 0xFFFFFFFF).to_bytes(4, self._info.order))
             at = strings.find(text, at + 1)
+        return found
+
+    def _units_indexing(self, offsets: Iterable[bytes]) -> set[int]:
+        """The units (DWARF 5) in whose part of `__debug_str_offs` one of these stands."""
+        table = self._info.sections.get("__debug_str_offs")
+        if table is None:
+            return set()
+        bases = sorted(
+            (self._info.strings_base(unit), unit.offset) for unit in self._info.units.all
+        )
+        found: set[int] = set()
+        for needle in offsets:
+            at = table.find(needle)
+            while at >= 0:
+                index = bisect_right(bases, (at, sys.maxsize)) - 1
+                found.add(bases[max(index, 0)][1])
+                after = bases[index + 1][0] if index + 1 < len(bases) else table.size
+                at = table.find(needle, max(after, at + 1))
         return found
 
 
@@ -161,10 +193,10 @@ class TableLookup:
         if table is None:
             yield from self._walk.names(kind)
             return
-        scoped = [unit for unit in self._info.units if self._info.cplusplus(unit)]
+        scoped = [unit for unit in self._info.units.all if self._info.cplusplus(unit)]
         found: set[str] = set()
         for unit in scoped:
-            found.update(n.name for n in self._walk.walk(unit) if n.kind == kind)
+            found.update(n.name for n in self._walk.walk(unit) if n.kind == kind and n.rank < 2)
         wanted, within = dw.TAGS_OF[kind], {unit.offset for unit in scoped}
         for name, place in table.names():
             tags = table.tags(place)
@@ -181,7 +213,7 @@ class TableLookup:
         offset, tag = item
         if tag is not None and tag not in dw.TAGS_OF[kind]:
             return False
-        unit = self._info.unit_at(offset)
+        unit = self._info.units.at(offset)
         return unit.offset not in scoped and (
             tag is not None or self._info.die(offset, unit).tag in dw.TAGS_OF[kind]
         )
@@ -218,7 +250,7 @@ def candidates(
     for offset, tag in items:
         if tag is not None and tag not in wanted:
             continue
-        unit = info.unit_at(offset)
+        unit = info.units.at(offset)
         die = info.die(offset, unit)
         declared = bool(die.number(dw.AT_DECLARATION))
         if die.tag not in wanted or (declared and kind != "variable"):

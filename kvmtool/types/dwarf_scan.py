@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, NamedTuple
 from kvmtool.types import dwarf_abbrevs as ab
 from kvmtool.types import dwarf_numbers as dw
 from kvmtool.types.dwarf_abbrevs import uleb
-from kvmtool.types.dwarf_units import NEST_LIMIT
+from kvmtool.types.dwarf_dies import NEST_LIMIT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from kvmtool.types.dwarf_abbrevs import Abbrev
-    from kvmtool.types.dwarf_units import DebugInfo, Die, Unit
+    from kvmtool.types.dwarf_dies import DebugInfo, Die
+    from kvmtool.types.dwarf_units import Unit
 
 ANONYMOUS = "(anonymous namespace)"
 _SCOPES = (dw.TAG_NAMESPACE, dw.TAG_STRUCTURE, dw.TAG_CLASS, dw.TAG_UNION)

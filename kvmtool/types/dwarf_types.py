@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from kvmtool.types.ctype import CType, Field
-    from kvmtool.types.dwarf_units import DebugInfo, Die
+    from kvmtool.types.dwarf_dies import DebugInfo, Die
 
 _COMPOUNDS = {
     dw.TAG_STRUCTURE: "struct",
@@ -140,7 +140,7 @@ class TypeMaker:
         if value is None or isinstance(value, int):
             return value
         if isinstance(value, bytes) and len(value) == 8:
-            found = self._info.of_signature(value)
+            found = self._info.units.of_signature(value)
             if found is None:
                 raise die.bad(f"no type has the signature {value.hex()}")
             return found
