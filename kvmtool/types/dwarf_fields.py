@@ -10,7 +10,7 @@ from kvmtool.types.dwarf_abbrevs import uleb
 
 if TYPE_CHECKING:
     from kvmtool.types.ctype import CType
-    from kvmtool.types.dwarf_units import DebugInfo, Die
+    from kvmtool.types.dwarf_dies import DebugInfo, Die
 
 SIZE_LIMIT = 1 << 32  # bytes of any type; elements of any array
 _OP_CONSTU, _OP_PLUS_UCONST = 0x10, 0x23
