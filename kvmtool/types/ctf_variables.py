@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from kvmtool.nlist import N_EXT, N_SECT, N_STAB, N_TYPE, N_UNDF
 from kvmtool.types.ctf_format import FUNCTION, MAX_VLEN
-from kvmtool.types.ctype import Array, unqualified
+from kvmtool.types.ctype import Array, Function, Void, unqualified
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -79,7 +79,10 @@ class Variables(Mapping[str, "CType"]):
     def __getitem__(self, name: str) -> CType:
         if name in self._objects:
             return self._types.type(self._objects[name])
-        return self._types.function(*self._functions[name])
+        result, at, count = self._functions[name]
+        if count == 0 and isinstance(self._types.type(result), Void):
+            return Function(Void())  # ctfconvert leaves out what those take that return nothing
+        return self._types.function(result, at, count)
 
     def __iter__(self) -> Iterator[str]:
         yield from self._objects
