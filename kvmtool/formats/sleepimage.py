@@ -64,7 +64,7 @@ _PAGE_LIST, _BANK = Struct("<3I"), Struct("<3I")  # hibernate_page_list_t, hiber
 _BANKS_LIMIT = 4096  # XNU has room for 32
 _PAIR = Struct("<2I")
 _PREVIEW_LIMIT = 1 << 20  # pairs of page and count
-_RUNS_LIMIT = 1 << 22
+_RUNS_LIMIT = 1 << 21
 
 
 class Header(NamedTuple):
@@ -154,9 +154,10 @@ class SleepImage(RunTable):
         self._pages = self.memory_source = StoredPages(source)
         code_at, bitmap_at = self._places()
         banks = Banks(self._banks(bitmap_at))
-        runs = list(self._runs(bitmap_at + header.bitmap_size, banks))
-        for run in reversed(runs):  # the first that is added wins
+        for run in self._runs(bitmap_at + header.bitmap_size, banks):
             self.add(run.first * PAGE, run.pages * PAGE, run.number * PAGE, stored=run.held * PAGE)
+        for column in (self._starts, self._ends, self._offsets):
+            column.reverse()  # where runs overlap the first in these wins
         for first, offset, count in self._plain(code_at, bitmap_at, banks):
             number = len(self._pages)
             for at in range(offset, offset + count * PAGE, PAGE):
