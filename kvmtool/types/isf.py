@@ -38,9 +38,7 @@ if TYPE_CHECKING:
     Json = dict[str, Any]
 
 _PARTS = ("base_types", "user_types", "enums", "symbols")
-_START = re.compile(
-    rb'\s*\{\s*"(?:metadata|base_types|user_types|enums|symbols)"\s*:\s*\{|\s*\{\s*\Z'
-)
+_START = re.compile(rb'\s*\{\s*"(?:metadata|base_types|user_types|enums|symbols)"\s*:\s*\{')
 _UNNAMED = re.compile(r"(__)?unnamed_[0-9a-fx]+(_class)?$|unnamed_field_[0-9a-fx]+$|\$_\d+$")
 _COMPOUNDS = ("struct", "union", "class")
 _FORMS = {"int": "int", "char": "char", "float": "float", "bool": "bool"}
