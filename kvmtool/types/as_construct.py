@@ -28,7 +28,6 @@ from kvmtool.types.ctype import (
     Pointer,
     unqualified,
 )
-from kvmtool.types.flatten import MEMBER_LIMIT
 from kvmtool.types.outline import element, in_order, length, start
 
 if TYPE_CHECKING:
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
 
     from kvmtool.types.ctype import Field
 
+_TYPES_LIMIT = 1 << 14  # in one structure, all nests counted; XNU's largest have some hundred
 _INTEGERS = {1: "B", 2: "H", 4: "L", 8: "Q"}
 _FLOATS = {4: "f", 8: "d"}
 
@@ -99,7 +99,7 @@ class _Maker:
     def __init__(self, byteorder: str) -> None:
         self._byteorder = byteorder
         self._order = "little" if byteorder == "<" else "big"
-        self._left = MEMBER_LIMIT
+        self._left = _TYPES_LIMIT
 
     def made(self, ctype: CType, depth: int) -> Any:
         self._count(ctype, depth)
