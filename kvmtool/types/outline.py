@@ -171,7 +171,9 @@ def _member(field: Field, prefix: str, base: int, depth: int, expand: bool) -> I
         return
     head, _, tail = declare(_stand_in(field.type), name).partition(_HEAD)
     tag = f"{inner.kind} {inner.tag} " if inner.tag else f"{inner.kind} "
-    yield Line("open", depth, f"{head}{tag}{{", *place)
+    typedef = _typedef_of(field.type)
+    said = f" /* {typedef} */" if typedef else ""
+    yield Line("open", depth, f"{head}{tag}{{{said}", *place)
     if isinstance(inner, Enum):
         yield from (Line("value", depth + 1, f"{n} = {v},") for n, v in inner.values)
     else:
@@ -184,17 +186,17 @@ def _inside(ctype: CType, expand: bool) -> Compound | Enum | None:
     """What to open of a member of this type: a structure that cannot be asked for by name."""
     found = element(ctype)
     if isinstance(found, Compound) and found.complete:
-        return found if expand or not (found.tag or _by_name(ctype)) else None
+        return found if expand or not (found.tag or _typedef_of(ctype)) else None
     if isinstance(found, Enum):
-        return None if found.tag or _by_name(ctype) else found
+        return None if found.tag or _typedef_of(ctype) else found
     return None
 
 
-def _by_name(ctype: CType) -> bool:
-    """Whether a typedef leads to its elements."""
+def _typedef_of(ctype: CType) -> str | None:
+    """The typedef name by which the member is declared; None if it is declared by what it is."""
     while isinstance(ctype, (Array, Qualified)):  # `element` has come to the end of it
         ctype = ctype.target
-    return isinstance(ctype, Typedef)
+    return ctype.name if isinstance(ctype, Typedef) else None
 
 
 def _stand_in(ctype: CType) -> CType:
