@@ -211,7 +211,9 @@ class ImageStream:
                 return bevy
         data, index = self._members(number)
         limit = (self._chunking.per_bevy + 1) * _ENTRY.size  # c-aff4 may end with an empty chunk
-        bevy = _Bevy(*self._volume.locate(data), self._volume.read(index, limit))
+        table = self._volume.read(index, limit)
+        whole = len(table) // self._entry.size * self._entry.size
+        bevy = _Bevy(*self._volume.locate(data), table[:whole])
         with self._lock:
             self._bevies[number] = bevy
             if len(self._bevies) > _INDICES:

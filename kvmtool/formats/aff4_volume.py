@@ -216,11 +216,12 @@ class Volume:
             raise UnsupportedError(
                 f"{self.source.name}: {info.filename} is compressed by method {method}"
             )
-        if len(content) != info.file_size or zlib.crc32(content) != info.CRC:
+        crc = zlib.crc32(content)
+        if len(content) != info.file_size or crc != info.CRC:
             raise FormatError(
                 self.source.name,
                 offset,
-                f"{info.filename} is damaged: {len(content):#x} bytes with another checksum than "
-                f"the directory's, expected {info.file_size:#x}",
+                f"{info.filename} is damaged: expected {info.file_size:#x} bytes of CRC "
+                f"{info.CRC:#x}, got {len(content):#x} of {crc:#x}",
             )
         return content
