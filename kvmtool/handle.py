@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvmtool.errors import (
+    FaultError,
     KvmWarning,
     MismatchError,
     NotFoundError,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from kvmtool.types.layouts import Choice
     from kvmtool.types.model import TypeTable
     from kvmtool.way_in import Way
+    from kvmtool.xnu.args import Arguments
     from kvmtool.xnu.kext import KextInfo
     from kvmtool.xnu.kinfo import KinfoProc
     from kvmtool.xnu.layout_check import Verdict
@@ -476,20 +478,43 @@ class Kvm:
     def process(self, pid: int) -> Memory:
         """The address space of the process `pid`, from a dump of physical memory.
 
+        Raises as `space_of`; `NotFoundError` when there is no such process.
+        """
+        from kvmtool.xnu.space import find_process
+
+        return self.space_of(find_process(self.procs(), pid))
+
+    def space_of(self, proc: Proc) -> Memory:
+        """The address space of a process, from a dump of physical memory.
+
         Raises `UnsupportedError` when the dump holds the kernel's memory alone, or the process has
-        no address space; `NotFoundError` when there is no such process.
+        no address space.
         """
         from kvmtool.way_in import process_memory
         from kvmtool.xnu import space
-        from kvmtool.xnu.proc import procs
 
         if self.physical is None or self.way is None:
             raise UnsupportedError("a process's memory is in no dump of the kernel's memory alone")
         target = self.verified_target()
-        proc = space.find_process(procs(target), pid)
         root, known = space.table_root(target, proc), space.user_stack(target, proc)
         budget = getattr(self.memory, "budget", None)
-        return process_memory(self.physical, self.way, root, known, f"process {pid}", budget)
+        name = f"process {proc.pid}"
+        return process_memory(self.physical, self.way, root, known, name, budget)
+
+    def arguments(self, proc: Proc) -> Arguments:
+        """What a process was started with, from its own memory. Never raises `FaultError`."""
+        from kvmtool.unreadable import Unreadable
+        from kvmtool.xnu.args import NOTHING, BlockReader, arguments
+
+        if proc.zombie is True:
+            return NOTHING
+        block = BlockReader(self.verified_target()).read(proc.address)
+        memory: Memory | Unreadable
+        try:
+            memory = self.space_of(proc)
+        except (UnsupportedError, FaultError, NotFoundError) as error:
+            memory = Unreadable(str(error))
+        return arguments(block, memory)
 
     def getprocs(self, op: int = 0, arg: int = 0, report: Report | None = None) -> list[KinfoProc]:
         """The processes `op` (KERN_PROC_*) and `arg` select, as a live kernel answers sysctl."""

@@ -27,9 +27,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvmtool import kvm as handle
-from kvmtool.errors import FaultError, KvmError
+from kvmtool.errors import FaultError, KvmError, UnsupportedError
 from kvmtool.memory import RunMemory
 from kvmtool.nlist import N_EXT
+from kvmtool.unreadable import Unreadable
+from kvmtool.xnu.args import limited
 from kvmtool.xnu.getprocs import (
     KERN_PROC_ALL,
     KERN_PROC_PGRP,
@@ -40,6 +42,7 @@ from kvmtool.xnu.getprocs import (
     KERN_PROC_UID,
 )
 from kvmtool.xnu.queues import Report
+from kvmtool.xnu.space import find_process
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -411,14 +414,38 @@ def kvm_getprocs(kd: kvm_t, op: int, arg: int) -> tuple[list[KinfoProc] | None, 
 
 
 def kvm_getargv(kd: kvm_t, p: KinfoProc, nchr: int) -> list[bytes] | None:
-    """None: a kernel core holds no user memory."""
-    kd.hard(KvmError("cannot read user space from dead kernel"))
-    return None
+    """The arguments of the process; `nchr` bytes of them at most, NULs included (0: all).
+
+    None where its memory does not hold them, as in a kernel's core; `kvm_geterr` says why. As many
+    as could be read come back if not all could, as from a `kvm_getargv` that is cut short.
+    """
+    return _strings(kd, p, nchr, "argv")
 
 
 def kvm_getenvv(kd: kvm_t, p: KinfoProc, nchr: int) -> list[bytes] | None:
-    """As `kvm_getargv`."""
-    return kvm_getargv(kd, p, nchr)
+    """The environment of the process; as `kvm_getargv`."""
+    return _strings(kd, p, nchr, "env")
+
+
+def _strings(kd: kvm_t, p: KinfoProc, nchr: int, which: str) -> list[bytes] | None:
+    if nchr < 0:
+        kd.hard(KvmError(f"invalid number of characters ({nchr})"))
+        return None
+    pid = p.kp_proc.p_pid
+    try:
+        kvm = _opened(kd)
+        if kvm.physical is None:
+            raise UnsupportedError("cannot read user space from dead kernel")
+        proc = find_process(kvm.procs(), pid)
+        found = getattr(kvm.arguments(proc), which)
+    except (KvmError, OSError) as error:
+        kd.hard(error)
+        return None
+    if isinstance(found, Unreadable):
+        kd.hard(KvmError(f"cannot read user space of process {pid}: {found.reason}"))
+        return None
+    strings = limited(found, nchr)
+    return strings or None
 
 
 def kvm_getloadavg(kd: kvm_t, nelem: int) -> list[float] | None:

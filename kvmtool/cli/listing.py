@@ -29,14 +29,20 @@ if TYPE_CHECKING:
 class Listing(NamedTuple):
     """A table of kernel objects: the command's `name` ("procs"), `what` it lists ("processes").
 
-    `columns` are all there are, `shown` the names of those in a table without -o. docs/fields.md
-    is made from these.
+    `columns` are all there are, `shown` the names of those in a table without -o; those `asked` for
+    by name alone stand in no answer otherwise. docs/fields.md is made from these.
     """
 
     name: str
     what: str
     columns: Sequence[Column]
     shown: Sequence[str]
+    asked: Sequence[str] = ()
+
+    def chosen(self, lists: Sequence[str], format: str) -> list[Column]:
+        """The columns that -o names; without it those of a table, or all but the `asked`."""
+        every = [column.name for column in self.columns if column.name not in self.asked]
+        return choose_columns(self.columns, lists, self.shown if format == "table" else every)
 
     def show(
         self,
@@ -49,17 +55,24 @@ class Listing(NamedTuple):
 
         `chosen` are the columns of -o; without them a table shows `shown`, other formats all.
         """
-        columns = choose_columns(self.columns, chosen, self.shown if format == "table" else ())
+        columns = self.chosen(chosen, format)
         unreadable = 0
 
         def counted() -> Iterator[Mapping[str, Any]]:
             nonlocal unreadable
             for row in rows:
-                unreadable += any(isinstance(row[column.name], Unreadable) for column in columns)
+                unreadable += any(_missing(row[column.name]) for column in columns)
                 yield row
 
         render(counted(), columns, format)
         finish(report, unreadable, self.what)
+
+
+def _missing(value: Any) -> bool:
+    """Whether a field, or something in a list, could not be read."""
+    if isinstance(value, list):
+        return any(isinstance(item, Unreadable) for item in value)
+    return isinstance(value, Unreadable)
 
 
 def finish(report: Report, unreadable: int = 0, what: str = "rows") -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from kvmtool.cli.params import Where
+    from kvmtool.kvm import Kvm
     from kvmtool.xnu.proc import Proc
 
 
@@ -29,6 +30,8 @@ def _short_time(iso: str) -> str:
     return iso[:19].replace("T", " ")
 
 
+# What a process was started with, from its own memory: read only when it is asked for.
+_STARTED = ("path", "args", "env", "apple")
 COLUMNS = (
     Column("pid", "PID", "number"),
     Column("ppid", "PPID", "number"),
@@ -59,6 +62,10 @@ COLUMNS = (
     Column("comm", "COMM"),
     Column("name", "NAME"),
     Column("command", "COMMAND"),
+    Column("path", "PATH"),
+    Column("args", "ARGS", "list"),
+    Column("env", "ENVIRONMENT", "list"),
+    Column("apple", "APPLE", "list"),
     Column("address", "PADDR", "address"),
     Column("task", "TASK", "address"),
     Column("ucred", "UCRED", "address"),
@@ -72,8 +79,9 @@ LISTING = Listing(
     "processes",
     COLUMNS,
     ("pid", "ppid", "pgid", "uid", "login", "tty", "state", "start", "command"),
+    _STARTED,
 )
-_STORED = tuple(c.name for c in COLUMNS if c.name not in ("start_raw", "command"))
+_STORED = tuple(c.name for c in COLUMNS if c.name not in ("start_raw", "command", *_STARTED))
 
 
 def row_of(proc: Proc) -> dict[str, Any]:
@@ -158,13 +166,31 @@ def _pid_key(proc: Proc) -> tuple[int, int]:
     return (proc.pid if isinstance(proc.pid, int) else 1 << 32, proc.address)
 
 
-def _rows(procs: Iterable[Proc], tree: bool) -> Iterator[dict[str, Any]]:
-    if not tree:
-        for proc in procs:
-            yield row_of(proc)
-        return
-    for proc, mark in _as_tree(list(procs)):
+def started(kvm: Kvm, proc: Proc) -> dict[str, Any]:
+    """What a process was started with, as text: path, args, env, apple."""
+    found = kvm.arguments(proc)
+    return {
+        "path": _text(found.path),
+        "args": _text(found.argv),
+        "env": _text(found.env),
+        "apple": _text(found.apple),
+    }
+
+
+def _text(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_text(item) for item in value]
+    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
+
+
+def _rows(
+    kvm: Kvm, procs: Iterable[Proc], tree: bool, wanted: set[str]
+) -> Iterator[dict[str, Any]]:
+    """A row a process; what costs more to find only if it is `wanted`."""
+    marked = _as_tree(list(procs)) if tree else ((proc, "") for proc in procs)
+    for proc, mark in marked:
         row = row_of(proc)
+        row |= started(kvm, proc) if wanted.intersection(_STARTED) else {}
         if isinstance(row["command"], str):
             row["command"] = mark + row["command"]
         yield row
@@ -177,6 +203,7 @@ def _rows(procs: Iterable[Proc], tree: bool) -> Iterator[dict[str, Any]]:
 @click.option("--tty", help="Only this terminal: ttys000, s000, console.")
 @click.option("--user", help="Only this effective uid, or this login name.")
 @click.option("--tree", is_flag=True, help="Parents first, drawn as a tree.")
+@click.option("--env", is_flag=True, help="Arguments and environment, too.")
 @listing_options
 def procs(
     pid: tuple[int, ...],
@@ -185,6 +212,7 @@ def procs(
     tty: str | None,
     user: str | None,
     tree: bool,
+    env: bool,
     columns: tuple[str, ...],
     format: str,
     where: Where,
@@ -192,11 +220,13 @@ def procs(
     """List the processes of a crash dump, as ps does.
 
     Live ones in the order of allproc, then zombies. What cannot be read is shown as "?"; where a
-    list is torn, what stopped is named on stderr and the exit status is 3.
+    list is torn, what stopped is named on stderr and the exit status is 3. Arguments and
+    environment lie in a process's own memory, which only dumps of physical memory hold.
 
     \b
     Example:
       kvmtool procs -N mach_kernel -M core -o pid,tty,command
+      kvmtool procs -N mach_kernel -M mem.lime -o pid,args
     """
     from kvmtool.xnu.queues import Report
 
@@ -204,4 +234,7 @@ def procs(
     report = Report()
     checks = _filters(pid, pgid, sid, tty, user)
     found = (proc for proc in kvm.procs(report) if all(check(proc) for check in checks))
-    LISTING.show(_rows(found, tree), columns, format, report)
+    if env:
+        columns = (*(columns or LISTING.shown), "args", "env")
+    wanted = {column.name for column in LISTING.chosen(columns, format)}
+    LISTING.show(_rows(kvm, found, tree, wanted), columns, format, report)
