@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from kvmtool.arithmetic import INT, LONG, UNSIGNED, is_scalar
 from kvmtool.errors import ExpressionError, KvmError, place_in
@@ -28,7 +28,7 @@ from kvmtool.types.ctype import Base, unqualified
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvmtool.scope import Scope
+    from kvmtool.target import Target
     from kvmtool.types.ctype import CType
 
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
@@ -58,38 +58,64 @@ _PREFIX: dict[str, Callable[[Object], Object]] = {
 }
 
 
-def evaluate(text: str, scope: Scope) -> Object:
+class Names(Protocol):
+    """Where an expression's names are looked up; `Scope` is a kernel's."""
+
+    @property
+    def target(self) -> Target:
+        """The kernel that is looked into."""
+
+    def variable(self, name: str) -> Object:
+        """What the name stands for. Raises `NotFoundError`."""
+
+    def is_type(self, name: str) -> bool:
+        """Whether the name alone means a type."""
+
+
+class Expression:
+    """An expression that is read once and evaluated as often as wanted."""
+
+    def __init__(self, text: str, names: Names) -> None:
+        """Raises `ExpressionError`."""
+        self.text = text
+        self._tree = parse(text, names.is_type)
+
+    def value(self, names: Names) -> Object:
+        """What it means where names are these. Raises as `evaluate`."""
+        return _Evaluator(self.text, names).of(self._tree)
+
+
+def evaluate(text: str, names: Names) -> Object:
     """What `text` (see `kvmtool.expression`) means in a kernel: a reference or a value.
 
     Nothing is read but the pointers on the way. Raises `ExpressionError`, `NotFoundError` for a
     symbol, member or type, `FaultError`, and `KvmError` for what C refuses; each has a note that
     shows the place.
     """
-    tree = parse(text, scope.is_type)
-    return _Evaluator(text, scope).of(tree)
+    return Expression(text, names).value(names)
 
 
-def address_of(text: str, scope: Scope) -> int:
+def address_of(text: str, names: Names) -> int:
     """The address that `text` means: the value of a pointer or integer, else where it lies.
 
     So `cdevsw[11].d_read` is where the function begins, and `cdevsw[11]` where the row lies.
     Raises what `evaluate` raises, and `KvmError` for a number that is no integer.
     """
-    found = evaluate(text, scope)
+    found = evaluate(text, names)
     plain = unqualified(found.type)
     if not is_scalar(plain):
         return found.address
     if isinstance(plain, Base) and plain.form == "float":
         raise ExpressionError(f"a {plain.name} is no address", text)
     address = int(found)
-    return address if address >= 0 else address & (1 << 8 * scope.target.arch.pointer_size) - 1
+    return address if address >= 0 else address & (1 << 8 * names.target.arch.pointer_size) - 1
 
 
 class _Evaluator:
     """`unread` is set inside sizeof, which reads nothing: each value is 1 there."""
 
-    def __init__(self, text: str, scope: Scope) -> None:
-        self._text, self._scope = text, scope
+    def __init__(self, text: str, names: Names) -> None:
+        self._text, self._names = text, names
         self._unread = False
 
     def of(self, node: Node) -> Object:
@@ -105,18 +131,18 @@ class _Evaluator:
     def _operand(self, node: Node) -> Object:
         found = self.of(node)
         if self._unread and is_scalar(found.type):
-            return Object(self._scope.target, found.type, value=1)
+            return Object(self._names.target, found.type, value=1)
         return found
 
     def _number(self, value: int, ctype: CType | None = None) -> Object:
         fitting = INT if -1 << 31 <= value < 1 << 31 else LONG if value < 1 << 63 else UNSIGNED
-        return Object(self._scope.target, ctype or fitting, value=value)
+        return Object(self._names.target, ctype or fitting, value=value)
 
     def _constant(self, node: Constant) -> Object:
         return self._number(node.value)
 
     def _name(self, node: Name) -> Object:
-        return self._scope.variable(node.name)
+        return self._names.variable(node.name)
 
     def _unary(self, node: Unary) -> Object:
         if node.op == "&":  # of an operand that must not become a value
@@ -145,13 +171,13 @@ class _Evaluator:
 
     def _cast(self, node: Cast) -> Object:
         operand = self.of(node.operand)
-        wanted = self._scope.target.types.type(node.type)
+        wanted = self._names.target.types.type(node.type)
         if self._unread and is_scalar(wanted):
-            return Object(self._scope.target, wanted, value=1)
+            return Object(self._names.target, wanted, value=1)
         return operand.cast(wanted)
 
     def _sizeof(self, node: SizeOf) -> Object:
-        types = self._scope.target.types
+        types = self._names.target.types
         if isinstance(node.of, str):
             return self._number(sized(types, types.type(node.of)), UNSIGNED)
         before, self._unread = self._unread, True
@@ -160,7 +186,7 @@ class _Evaluator:
         return self._number(size, UNSIGNED)
 
     def _offsetof(self, node: OffsetOf) -> Object:
-        types = self._scope.target.types
+        types = self._names.target.types
         return self._number(place_of(types, types.type(node.type), node.path).offset, UNSIGNED)
 
 

@@ -124,6 +124,14 @@ class Object(Computing):
         return self._address is None
 
     @property
+    def bit_field(self) -> tuple[int, int] | None:
+        """Of a bit-field the bits before it from its byte on, and its width; else None."""
+        field = self._field
+        if field is None or field.bit_size is None:
+            return None
+        return field.bit_offset or 0, field.bit_size
+
+    @property
     def _is_bits(self) -> bool:
         return self._field is not None and self._field.bit_size is not None
 

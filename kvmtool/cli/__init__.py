@@ -34,6 +34,7 @@ COMMANDS = {
     "mount": ("devices", "The kernel's memory as files: kmem, mem, symbols."),
     "mounts": ("mounts", "The mounted file systems, as mount shows them."),
     "nlist": ("symbols", "Look symbols up, as kvm_nlist does."),
+    "print": ("objects", "The value of a C expression: structures, pointers, members."),
     "procs": ("procs", "List the processes, as ps does."),
     "read": ("memory", "Read kernel memory."),
     "regions": ("space", "What memory there is, and what is absent."),
@@ -45,6 +46,7 @@ COMMANDS = {
     "type": ("types", "A type's declaration, with the place of every member."),
     "types": ("types", "List the structures, unions, enums and typedefs."),
     "vtop": ("space", "How an address is translated to a physical one."),
+    "walk": ("objects", "Walk any list of the kernel's, with members of its elements."),
 }
 
 

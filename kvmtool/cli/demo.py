@@ -28,6 +28,10 @@ def demo(directory: str, machine: bool) -> None:
     kernel, core = (shlex.quote(os.path.join(directory, name)) for name in names)
     click.echo("\nNow type:")
     click.echo(f"  export KVMTOOL_KERNEL={kernel} KVMTOOL_CORE={core}")
-    article = ("nlist _cdevsw", "read 0x441990 4", "procs", "info")
+    kext = shlex.quote(os.path.join(directory, "KernelMemoryAccess@0x3bd01000"))
+    article = (
+        *("nlist _cdevsw", "read 0x441990 4", f"print 'cdevsw[11].d_read' --kext {kext}"),
+        *("procs", "info"),
+    )
     for command in ("info", "procs", "vtop _cdevsw", "regions") if machine else article:
         click.echo(f"  kvmtool {command}")
