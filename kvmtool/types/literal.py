@@ -44,14 +44,12 @@ class _Tokens:
         self.kind, self.at = found.lastgroup, found.end()
         self.value = found[found.lastgroup or 0]
 
-    def take(self, *signs: str) -> str:
-        """The present token, which must be one of these; then on to the next."""
-        found = self.value
-        if self.kind != "sign" or found not in signs:
-            raise LiteralError(self.at, f"expected {' or '.join(signs)}, got {found!r:.20}")
-        if not (self.depth == 1 and found in "]}"):
+    def take(self, sign: str) -> None:
+        """The present token must be this one; on to the next, but not beyond the last bracket."""
+        if self.kind != "sign" or self.value != sign:
+            raise LiteralError(self.at, f"expected {sign!r}, got {self.value!r:.20}")
+        if self.depth > 1 or sign not in "]}":
             self.step()
-        return found
 
 
 def parse_literal(text: str, at: int) -> Any:
@@ -71,6 +69,8 @@ def _value(tokens: _Tokens) -> Any:
         number = int(tokens.value.rstrip("lL"), 16 if "x" in tokens.value.lower() else 10)
         tokens.step()
         return number
+    if tokens.value not in "[{":
+        raise LiteralError(tokens.at, f"expected a literal, got {tokens.value!r}")
     tokens.depth += 1
     if tokens.depth > _DEPTH_LIMIT:
         raise LiteralError(tokens.at, f"nested deeper than {_DEPTH_LIMIT}")

@@ -19,7 +19,7 @@ _END_64 = b"PK\x06\x07"
 _TYPES, _SYMBOLS = (".vtypes", ".vtype"), (".dsymutil",)
 _TAIL = 22 + 0xFFFF  # the directory's end record and the longest comment
 _FILE_LIMIT = 64 << 20
-_DIRECTORY_LIMIT = 1 << 20
+_DIRECTORY_LIMIT = 1 << 16
 _TEXT_LIMIT = 48 << 20
 
 

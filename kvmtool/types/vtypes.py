@@ -39,7 +39,7 @@ _HEAD = re.compile(
     r"'([^'\\\n]{1,512})'[ \t]*:[ \t]*\[\s{0,16}(0[xX][0-9a-fA-F]{1,16}|[0-9]{1,20})[lL]?\s{0,16}"
     r",\s{0,16}(?=\{)"
 )
-_COUNTED = re.compile(r"'array',\s{0,4}(?!0[xX]?0*[lL]?,)")
+_COUNTED = re.compile(r"'array',(?!\s{0,4}0[xX]?0*[lL]?,)")
 _UNNAMED = re.compile(r"__unnamed_\d+(_class)?$|\$_\d+$")
 _STRUCTS_LIMIT = 200_000
 _SIZE_LIMIT = 1 << 32
@@ -193,11 +193,12 @@ class ProfileTypes:
         self, where: str, form: list[Any], offset: int, size: int, offsets: list[int]
     ) -> int:
         """The count of an array whose own is lost, from the distance to what follows it."""
-        if offsets.count(offset) > 1:  # one of the pads of no bytes around arguments
-            return 0
         room = min([other for other in offsets if other > offset], default=size) - offset
         inner = self._type(form[2], where) if len(form) == 3 else Void()
-        if room > 0 and inner.size and room % inner.size == 0:
+        shared = offsets.count(offset) > 1
+        if shared and any(offsets) and inner.name == "char":
+            return 0  # one of the pads of no bytes around a system call's argument
+        if room > 0 and not shared and inner.size and room % inner.size == 0:
             return room // inner.size
         if room > 0:
             self._warn("array", f"{where}: its array's count is lost")
