@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from kvmtool.source import Source
     from kvmtool.symbols import Symbol, SymbolTable
     from kvmtool.target import Target
-    from kvmtool.type_files import Found
+    from kvmtool.type_files import Closable, Found
     from kvmtool.types.layouts import Choice
     from kvmtool.types.model import TypeTable
     from kvmtool.way_in import Way
@@ -85,6 +85,7 @@ class Kvm:
         self.way: Way | None = None
         self._make_memory, self._make_parts = memory, parts
         self._sources = sources
+        self._held: tuple[Closable, ...] = ()
         self._closed = self._told = False
 
     @cached_property
@@ -163,7 +164,7 @@ class Kvm:
         """Give back the files; the handle cannot be used afterwards."""
         if not self._closed:
             self._closed = True
-            for source in self._sources:
+            for source in (*self._held, *self._sources):
                 source.close()
 
     # symbols and memory
@@ -353,7 +354,8 @@ class Kvm:
         else:
             path = file.path if file else None
             found = find_types(image, path, kernel, self.kernel_path)
-        self._sources += found.held if found is not None else ()
+        if found is not None:
+            self._held = found.held
         return found
 
     @cached_property

@@ -9,30 +9,35 @@ from __future__ import annotations
 
 import os
 import warnings
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from kvmtool import cache
 from kvmtool.errors import (
     FaultError,
     FormatError,
     KvmWarning,
     MismatchError,
     NotFoundError,
-    UnknownFormatError,
     UnsupportedError,
 )
-from kvmtool.macho import MAGICS, MachO, uuid_text
+from kvmtool.macho import uuid_text
+from kvmtool.peel.decoded import file_identity
 from kvmtool.source import FileSource
+from kvmtool.type_readers import Read, read_types, types_in
+from kvmtool.types.packed import Identity
+from kvmtool.types.remembered import Remembered, recall
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
+    from kvmtool.macho import MachO
     from kvmtool.source import Source
     from kvmtool.types.model import TypeSource
 
 ENVIRONMENT = "KVMTOOL_TYPES"
 
 _ENDIAN = {"<": "little-endian", ">": "big-endian"}
-_ZIP = b"PK\x03\x04"
 _INSIDE_DSYM = os.path.join("Contents", "Resources", "DWARF")
 _BESIDE = (".ctfdata", ".ctf", ".json", ".json.xz", ".json.gz")  # after the kernel's file name
 
@@ -41,10 +46,17 @@ class KernelIdentity(NamedTuple):
     """What is known of the kernel that types are wanted for; `arch` as macho.arch_name says."""
 
     arch: str | None = None
-    byteorder: str = "<"
-    pointer_size: int = 8
+    byteorder: str | None = None
+    pointer_size: int | None = None
     uuid: bytes | None = None
     banner: str | None = None
+
+
+class Closable(Protocol):
+    """Something to close when it is not needed any more."""
+
+    def close(self) -> None:
+        """Give back what it holds."""
 
 
 class Found(NamedTuple):
@@ -52,7 +64,7 @@ class Found(NamedTuple):
 
     source: TypeSource
     how: str
-    held: tuple[Source, ...] = ()
+    held: tuple[Closable, ...] = ()
 
 
 def open_types(
@@ -63,35 +75,84 @@ def open_types(
 ) -> Found:
     """The types in the file (or dSYM bundle) at `path`, for `kernel` where one is known.
 
-    `how` says why this file, for the user.
+    `how` says why this file, for the user. What was asked of the file before is in the cache.
 
     Raises OSError, `UnknownFormatError`, `FormatError`, NotFoundError("types") for a file that may
     hold types but does not, and `MismatchError` for another kernel's unless `force`.
     """
-    identity = kernel or KernelIdentity()
     if os.path.isdir(path):
-        path = _in_bundle(path, identity)
+        path = _in_bundle(path, kernel or KernelIdentity())
     held: list[Source] = [FileSource(path)]
+    arch, word = (kernel.arch, kernel.pointer_size) if kernel else (None, None)
+    read = partial(read_types, held, arch, word)
     try:
-        found = _read(held, identity, force)
-        _check_shape(found, kernel, force)
+        found = _remembered(_key(held[0], arch, word), read)
+        if kernel is not None and not force:
+            _check(found, kernel, path)
     except BaseException:
         for source in held:
             source.close()
         raise
-    return Found(found, f"{found.origin}, {how}", tuple(held))
+    return Found(found.source, f"{found.source.origin}, {how}", (_Held(found.source, held),))
 
 
-def _check_shape(found: TypeSource, kernel: KernelIdentity | None, force: bool) -> None:
-    shape = found.byteorder, found.pointer_size
-    if kernel is None or force or shape == (kernel.byteorder, kernel.pointer_size):
-        return
-    theirs = f"{8 * found.pointer_size}-bit {_ENDIAN[found.byteorder]}"
-    ours = f"{8 * kernel.pointer_size}-bit {_ENDIAN[kernel.byteorder]}"
-    raise MismatchError(
-        f"{found.origin}: these types are of a {theirs} machine, the kernel is {ours}; "
-        "--force uses them all the same"
+def _key(source: Source, arch: str | None, word: int | None) -> str | None:
+    """What the cache knows the file by; None for what is no file."""
+    identity = file_identity(source)
+    return None if identity is None else f"{identity}-{arch or 'any'}-{word or 0}"
+
+
+def _remembered(key: str | None, read: Callable[[], Read]) -> Read:
+    """The types with what the cache knows of them, which may be all that is needed."""
+    if key is None or cache.directory() is None:
+        return read()
+    known = recall(key)
+    if known is not None:
+        about = known.identity()
+        source = Remembered(key, about, lambda: read().source, known)
+        return Read(source, about.uuid, about.banner)
+    found = read()
+    inner = found.source
+    about = Identity(
+        inner.name, inner.origin, inner.byteorder, inner.pointer_size, found.uuid, found.banner
     )
+    return found._replace(source=Remembered(key, about, lambda: inner))
+
+
+class _Held:
+    """What is closed with the kernel: what is to be remembered first, then the files."""
+
+    def __init__(self, source: TypeSource, held: list[Source]) -> None:
+        self._source, self._held = source, held
+
+    def close(self) -> None:
+        if isinstance(self._source, Remembered):
+            self._source.close()
+        for source in self._held:
+            source.close()
+
+
+def _check(found: Read, kernel: KernelIdentity, path: str) -> None:
+    """Raises `MismatchError` for types of another kernel or machine."""
+    source = found.source
+    if found.uuid and kernel.uuid and found.uuid != kernel.uuid:
+        theirs, ours = uuid_text(found.uuid), uuid_text(kernel.uuid)
+    elif found.banner and kernel.banner and found.banner != kernel.banner.strip():
+        theirs, ours = repr(found.banner), repr(kernel.banner.strip())
+    elif kernel.byteorder and kernel.pointer_size:
+        theirs = _machine(source.byteorder, source.pointer_size)
+        ours = _machine(kernel.byteorder, kernel.pointer_size)
+        if theirs == ours:
+            return
+    else:
+        return
+    raise MismatchError(
+        f"{path} has the types of {theirs}, the kernel is {ours}; --force uses them all the same"
+    )
+
+
+def _machine(byteorder: str, pointer_size: int) -> str:
+    return f"a {8 * pointer_size}-bit {_ENDIAN[byteorder]} machine"
 
 
 def find_types(
@@ -110,14 +171,28 @@ def find_types(
         try:
             if isinstance(place, str):
                 return open_types(place, kernel, how=how)
-            inside = types_in(place)
+            inside = _inside(place, kernel)
             if inside is not None:
-                return Found(inside, f"{inside.origin}, {how}")
+                return Found(inside, f"{inside.origin}, {how}", (_Held(inside, []),))
         except NotFoundError:
             continue
         except (FormatError, FaultError, MismatchError, UnsupportedError) as error:
             warnings.warn(f"types passed over: {error}", KvmWarning, stacklevel=2)
     return None
+
+
+def _inside(image: MachO, kernel: KernelIdentity) -> TypeSource | None:
+    """The types that the kernel's Mach-O carries; of a file remembered as those of others are."""
+    if not {"__DWARF", "__CTF"}.intersection(section.segname for section in image.sections):
+        return types_in(image)
+
+    def read() -> Read:
+        found = types_in(image)
+        if found is None:
+            raise NotFoundError("types", f"in {image.source.name}")
+        return Read(found, image.uuid)
+
+    return _remembered(_key(image.source, kernel.arch, kernel.pointer_size), read).source
 
 
 def _places(
@@ -152,21 +227,6 @@ def _known_dsym(uuid: bytes | None, kernel_path: Sequence[str] | None) -> Iterat
         yield known.path
 
 
-def types_in(image: MachO) -> TypeSource | None:
-    """DWARF if the Mach-O has it, else CTF, else None. Raises `FormatError`."""
-    segments = {section.segname for section in image.sections}
-    found: TypeSource | None = None
-    if "__DWARF" in segments:
-        from kvmtool.types.dwarf import open_dwarf
-
-        found = open_dwarf(image)
-    if found is None and ("__CTF" in segments or image.warnings):
-        from kvmtool.types.ctf import ctf_of
-
-        found = ctf_of(image)
-    return found
-
-
 def _in_bundle(path: str, kernel: KernelIdentity) -> str:
     """The file in a dSYM bundle: the only one, else the one of the kernel's UUID."""
     folder = os.path.join(path, _INSIDE_DSYM)
@@ -183,71 +243,3 @@ def _in_bundle(path: str, kernel: KernelIdentity) -> str:
     if not files:
         raise NotFoundError("types", f"in {folder}", hint="the bundle is empty")
     return files[0]
-
-
-def _read(held: list[Source], kernel: KernelIdentity, force: bool) -> TypeSource:
-    """The types in the open file `held`, to which other open ones are added."""
-    source = held[0]
-    head = source.read_at(0, min(16, source.size))
-    if head.startswith(_ZIP):
-        from kvmtool.types.vtypes import open_profile
-
-        return open_profile(source.name)
-    if head[:4] in MAGICS:
-        return _in_macho(MachO(source), kernel, force)
-    from kvmtool.types.ctf import is_ctf
-
-    if is_ctf(head):
-        from kvmtool.types.ctf import open_ctf
-
-        return open_ctf(source, pointer_size=kernel.pointer_size)
-    from kvmtool.types.isf import is_isf
-
-    if is_isf(source):
-        return _in_isf(source, kernel, force)
-    return _in_wrapping(held, kernel, force)
-
-
-def _in_wrapping(held: list[Source], kernel: KernelIdentity, force: bool) -> TypeSource:
-    """A Mach-O in a fat file, or in whatever else `peel` sees through."""
-    from kvmtool.kernel_file import open_kernel
-
-    source = held[0]
-    try:
-        image = open_kernel(source.name, kernel.arch).kernel
-    except UnknownFormatError:
-        raise
-    except FormatError as error:
-        if error.offset != 0 or error.source != source.name:
-            raise
-        head = source.read_at(0, min(4, source.size)).hex() or "nothing"
-        what = f"expected a Mach-O, CTF, ISF or a Volatility 2 profile, got {head}"
-        raise UnknownFormatError(source.name, 0, what) from error
-    held.append(image.source)
-    return _in_macho(image, kernel, force)
-
-
-def _in_macho(image: MachO, kernel: KernelIdentity, force: bool) -> TypeSource:
-    name = image.source.name
-    if image.uuid and kernel.uuid and image.uuid != kernel.uuid and not force:
-        raise MismatchError(
-            f"{name} has the types of {uuid_text(image.uuid)}, the kernel is "
-            f"{uuid_text(kernel.uuid)}; --force uses them all the same"
-        )
-    found = types_in(image)
-    if found is None:
-        raise NotFoundError("types", f"in {name}", hint="it has neither DWARF nor CTF")
-    return found
-
-
-def _in_isf(source: Source, kernel: KernelIdentity, force: bool) -> TypeSource:
-    from kvmtool.types.isf import open_isf
-
-    found = open_isf(source.name)
-    said = (found.constant("version") or b"").partition(b"\0")[0].decode("utf-8", "replace")
-    if said and kernel.banner and said.strip() != kernel.banner.strip() and not force:
-        raise MismatchError(
-            f"{source.name} has the types of {said.strip()!r}, the kernel is "
-            f"{kernel.banner.strip()!r}; --force uses them all the same"
-        )
-    return found

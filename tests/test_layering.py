@@ -72,7 +72,7 @@ LAYERS = (
         ),
     ),
     ("types", ("types",)),
-    ("type files", ("type_files", "type_choice")),
+    ("type files", ("type_files", "type_readers", "type_choice")),
     (
         "target",
         (

@@ -130,7 +130,7 @@ def test_another_uuid_is_refused():
 @pytest.mark.parametrize("name", [PPC, "types/i386-10.5.8.types.json.gz"])
 def test_another_machine_is_refused(name):
     kernel = KernelIdentity("x86_64", "<", 8)
-    with pytest.raises(MismatchError, match=r"these types are of a 32-bit .*kernel is 64-bit"):
+    with pytest.raises(MismatchError, match=r"has the types of a 32-bit .*kernel is a 64-bit"):
         open_types(real(name), kernel)
 
 
