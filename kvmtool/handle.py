@@ -455,6 +455,9 @@ class Kvm:
         """
         return self.scope.variable(name)
 
+    def __contains__(self, name: str) -> bool:
+        return self.nlist([name]) != [None]
+
     def evaluate(self, expression: str) -> Object:
         """What the C expression means: "cdevsw[11].d_read". Raises as `kvmtool.evaluate` says."""
         from kvmtool.evaluate import evaluate

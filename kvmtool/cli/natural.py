@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _TEXT = Array(Base("char", 1, "char"), None)
 _TEXT_LIMIT = 80  # characters shown of what a char * points at
-_HEX = ("flag", "mask")  # in the names of members that are sets of bits
+_HEX = ("flag", "mask", "opaque")  # in the names of members that are sets of bits
 _BYTES_SHOWN = 32
 _EARLIEST = 100_000_000  # seconds: a time before 1973 is a span of time, or nothing
 _TIMES = ("time_t", "__darwin_time_t")
@@ -152,7 +152,9 @@ class Forms:
             return Natural([Address(item) for item in value], _runs([f"{n:#x}" for n in value]))
         size = element.size or 0
         integers = isinstance(element, (Base, Enum)) and not isinstance(next(iter(value), 0), float)
-        words = [self._digits(item, size) if integers else str(item).lower() for item in value]
+        words = [
+            self._digits(item, size, name) if integers else str(item).lower() for item in value
+        ]
         return Natural(value, _runs(words))
 
 

@@ -11,7 +11,7 @@ from kvmtool.cli import PARTIAL, say
 from kvmtool.cli.listing import finish
 from kvmtool.cli.opening import opened
 from kvmtool.cli.params import Where, format_option, kernel_options
-from kvmtool.cli.render import Column, render, render_one
+from kvmtool.cli.render import Address, Column, render, render_one
 from kvmtool.errors import FaultError, NotFoundError
 from kvmtool.unreadable import Unreadable
 
@@ -140,10 +140,14 @@ def _cell(kvm: Kvm, forms: Forms, member: Expression, element: Object) -> Natura
     return forms.of(found, member.text)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, Address)
+
+
 def _show(cells: Iterator[tuple[Object, list[Natural]]], names: list[str], format: str) -> int:
     """Write a row for each element; how many of them have cells that could not be read."""
     first = next(cells, None)
-    numbers = [] if first is None else [isinstance(cell.value, int) for cell in first[1]]
+    numbers = [] if first is None else [_is_number(cell.value) for cell in first[1]]
     shown = [Column("address", "ADDRESS", "address")]
     shown += [
         Column(name, name, "number" if number else "text")
