@@ -251,10 +251,15 @@ class DebugInfo:
         if isinstance(value, int):
             if value < 0:
                 value = self._indexed(die, ~value)
-            if self._strings is None:
-                raise die.bad("a string's offset, but there is no __debug_str")
-            value = self._strings.string(value)
+            value = self.text(value)
         return value if isinstance(value, str) and value else None
+
+    def text(self, offset: int) -> str:
+        """The string at `offset` in `__debug_str`. Raises `FormatError`."""
+        if self._strings is None:
+            message = f"a string at {offset:#x}, but there is no __debug_str"
+            raise self.sections["__debug_info"].bad(0, message)
+        return self._strings.string(offset)
 
     def _indexed(self, die: Die, index: int) -> int:
         """The offset of the string of that index in the unit's part of `__debug_str_offs`."""

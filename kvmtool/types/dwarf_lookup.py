@@ -7,7 +7,7 @@ from bisect import bisect_right
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from kvmtool.types import dwarf_numbers as dw
-from kvmtool.types.dwarf_scan import form_of, last_part, scan
+from kvmtool.types.dwarf_scan import Scanner, form_of, last_part
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -64,7 +64,7 @@ class WalkLookup:
     """All units walked; those that cannot hold a name are left out while one name is asked for."""
 
     def __init__(self, info: DebugInfo) -> None:
-        self._info = info
+        self._info, self._scanner = info, Scanner(info)
         self._walked: dict[int, dict[tuple[str, str], list[Candidate]]] = {}
         self._full: dict[tuple[str, str], list[Candidate]] | None = None
         self._scoped: dict[int, dict[int, str]] = {}
@@ -104,7 +104,7 @@ class WalkLookup:
         found = self._scoped.pop(unit.offset, None)
         if found is None:
             found = {}
-            for named in scan(self._info, unit):
+            for named in self._scanner.scan(unit):
                 found.setdefault(named.offset, named.name)
             if len(self._scoped) >= _SCOPED_UNITS:
                 del self._scoped[next(iter(self._scoped))]
@@ -113,7 +113,7 @@ class WalkLookup:
 
     def walk(self, unit: Unit) -> Iterator[Named]:
         """The names of a unit, without those of types that it only declares."""
-        return (named for named in scan(self._info, unit) if named.rank < 3)
+        return (named for named in self._scanner.scan(unit) if named.rank < 3)
 
     def first(self, kind: str, name: str) -> Candidate | None:
         """The best candidate of the first unit that has one."""

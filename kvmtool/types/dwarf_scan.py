@@ -16,19 +16,20 @@ from kvmtool.types.dwarf_dies import NEST_LIMIT
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from kvmtool.types.dwarf_abbrevs import Abbrev
+    from kvmtool.types.dwarf_abbrevs import Abbrev, Shape
     from kvmtool.types.dwarf_dies import DebugInfo, Die
     from kvmtool.types.dwarf_units import Unit
 
 ANONYMOUS = "(anonymous namespace)"
 _SCOPES = (dw.TAG_NAMESPACE, dw.TAG_STRUCTURE, dw.TAG_CLASS, dw.TAG_UNION)
 _BODIES = (dw.TAG_SUBPROGRAM, dw.TAG_LEXICAL_BLOCK, dw.TAG_INLINED_SUBROUTINE)
-
-
 _SIZED = (
     *(ab.SKIP, ab.NUMBER, ab.STRP, ab.REFERENCE, ab.REF_ADDR),
     *(ab.SIGNATURE, ab.LINE_STRP, ab.STRX),
 )
+_PARTS = (dw.AT_NAME, dw.AT_BYTE_SIZE, dw.AT_DECL_LINE, dw.AT_DECLARATION)
+_SLOW = (dw.AT_SPECIFICATION, dw.AT_LINKAGE_NAME, dw.AT_MIPS_LINKAGE_NAME)
+_NO_PART = slice(0, 0)
 
 
 class Named(NamedTuple):
@@ -54,52 +55,120 @@ class Scope(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """How to pass over an entry: its size after the code if that is fixed, else -1."""
+    """How to pass over an entry: `size` bytes after the code, or -1 where that is not so simple.
+
+    With `block` the length of an expression stands there, and behind the expression `rest` bytes
+    more. `read` is whether the entry may have a name that counts, `local` whether it does inside a
+    function; `body` is whether it is one. If all that is needed is in the first `size` bytes,
+    `quick` is its kind, and `parts` where name, size, line and declaration stand.
+    """
 
     size: int
+    block: bool
+    rest: int
     children: bool
     read: bool
+    local: bool
+    body: bool
+    quick: str | None
+    parts: tuple[slice, slice, slice, slice]
 
 
-def scan(info: DebugInfo, unit: Unit) -> Iterator[Named]:
-    """The named entries of `unit`, in order. Raises `FormatError`."""
-    data, base = info.bytes_of(unit), unit.offset
-    nested = info.cplusplus(unit)
-    plans = {code: _plan(abbrev, nested) for code, abbrev in _tried(info, unit)}
-    at, end = unit.first - base, len(data)
-    scope = Scope("", False)
-    scopes: list[Scope] = []
-    while at < end:
-        code = data[at]
-        start = at
-        if code < 0x80:
-            at += 1
-        else:
-            code, at = _code(unit, data, at)
-        if not code:
-            if not scopes:  # padding behind the unit's entries
+class Scanner:
+    """Walks units; what it learns of their kinds of entries and of strings is kept."""
+
+    def __init__(self, info: DebugInfo) -> None:
+        self._info = info
+        self._plans: dict[tuple[int, Shape, bool], tuple[dict[int, _Plan], list[int]]] = {}
+        self._strings: dict[int, str] = {}
+
+    def scan(self, unit: Unit) -> Iterator[Named]:
+        """The named entries of `unit`, in order. Raises `FormatError`."""
+        info, data, base = self._info, self._info.bytes_of(unit), unit.offset
+        nested = info.cplusplus(unit)
+        plans, leaves = self._planned(unit, nested)
+        at, end = unit.first - base, len(data)
+        scope, scopes = Scope("", False), list[Scope]()
+        while at < end:
+            code = data[at]
+            if code < 0x80:
+                if leaves[code]:  # most of all entries
+                    at += leaves[code]
+                    continue
+                start, at = at, at + 1
+            else:
+                start, (code, at) = at, _code(unit, data, at)
+            if not code:
+                if scopes:  # else it is padding behind the unit's entries
+                    scope = scopes.pop()
                 continue
-            scope = scopes.pop()
-            continue
-        plan = plans.get(code)
-        if plan is None:
-            raise unit.bad(base + start, f"abbreviation code {code:#x}, which its unit has not")
-        size, children, read = plan
-        inner = scope
-        if read or size < 0:
-            die = info.die(base + start, unit)
-            at = die.end - base
-            if read:
-                yield from _named(info, die, scope)
-                if children:
-                    inner = _scope(info, die, scope, nested)
-        else:
-            at += size
-        if children:
-            scopes.append(scope)
-            if len(scopes) > NEST_LIMIT:
-                raise unit.bad(base + start, f"more than {NEST_LIMIT} entries in each other")
-            scope = inner
+            plan = plans.get(code)
+            if plan is None:
+                message = f"abbreviation code {code:#x}, which its unit does not have"
+                raise unit.bad(base + start, message)
+            inner = Scope(scope.prefix, True) if plan.body else scope
+            counts = plan.local if scope.local else plan.read
+            if plan.size < 0 or (counts and (plan.quick is None or (nested and plan.children))):
+                die = info.die(base + start, unit)
+                at = die.end - base
+                if counts:
+                    yield from _named(info, die, scope)
+                    inner = _scope(info, die, scope, nested) if plan.children else scope
+            else:
+                if counts:
+                    yield from self._quick(plan, data[at : at + plan.size], base + start, scope)
+                at += plan.size
+                if plan.block:
+                    length, at = _code(unit, data, at)
+                    at += length + plan.rest
+            if plan.children:
+                scopes.append(scope)
+                if len(scopes) > NEST_LIMIT:
+                    raise unit.bad(base + start, f"more than {NEST_LIMIT} entries in each other")
+                scope = inner
+        if at > end:
+            raise unit.bad(unit.end, "a debugging entry that its unit's end cuts off")
+
+    def _planned(self, unit: Unit, nested: bool) -> tuple[dict[int, _Plan], list[int]]:
+        """Plans by code; and by code the size of entries that are only passed over, or 0."""
+        key = (unit.abbrev_offset, unit.shape, nested)
+        if key not in self._plans:
+            plans = {}
+            for code, abbrev in self._info.abbrevs(unit).items():
+                try:
+                    plans[code] = _plan(abbrev, nested)
+                except ValueError:
+                    continue  # it is an error where an entry has that code
+            leaves = [0] * 0x80
+            for code, plan in plans.items():
+                if (
+                    0 < code < 0x80
+                    and plan.size >= 0
+                    and not (plan.block or plan.read or plan.children)
+                ):
+                    leaves[code] = 1 + plan.size
+            self._plans[key] = (plans, leaves)
+        return self._plans[key]
+
+    def _quick(self, plan: _Plan, raw: bytes, offset: int, scope: Scope) -> Iterator[Named]:
+        """What `_named` gives, of an entry with all its values at fixed places."""
+        order = self._info.order
+        name, size, line, declared = (raw[part] for part in plan.parts)
+        if plan.quick is None or not name:
+            return
+        string = int.from_bytes(name, order)
+        text = self._strings.get(string)
+        if text is None:
+            text = self._strings[string] = self._info.text(string)
+        form = (
+            int.from_bytes(size, order) if size else None,
+            int.from_bytes(line, order) if line else None,
+        )
+        rank = int(scope.local)
+        if any(declared):
+            rank = 2 if plan.quick == "variable" else 3
+        if text:
+            yield Named(plan.quick, scope.prefix + text, offset, rank, form)
 
 
 def _code(unit: Unit, data: bytes, at: int) -> tuple[int, int]:
@@ -109,27 +178,35 @@ def _code(unit: Unit, data: bytes, at: int) -> tuple[int, int]:
         raise unit.bad(unit.offset + at, "expected an abbreviation's code") from None
 
 
-def _tried(info: DebugInfo, unit: Unit) -> Iterator[tuple[int, Abbrev]]:
-    for code, abbrev in info.abbrevs(unit).items():
-        try:
-            _ = abbrev.steps
-        except ValueError:
-            continue  # it is an error where an entry has that code
-        yield code, abbrev
-
-
 def _plan(abbrev: Abbrev, nested: bool) -> _Plan:
-    size = 0
+    sizes = [0, 0]  # before and behind an expression
+    block, quick, size = False, True, -1
+    places = dict.fromkeys(_PARTS, _NO_PART)
     for step in abbrev.steps:
+        quick = quick and step.attribute not in _SLOW
         if step.action in _SIZED:
-            size += step.size
-        elif step.action != ab.CONSTANT:
-            size = -1
+            if step.attribute in places:
+                quick = quick and not block and step.action in (ab.STRP, ab.NUMBER)
+                places[step.attribute] = slice(sizes[0], sizes[0] + step.size)
+            sizes[block] += step.size
+        elif step.action == ab.CONSTANT:
+            quick = quick and step.attribute not in places
+        elif step.action == ab.BLOCK_ULEB and not block:
+            block = True
+        else:
             break
-    read = abbrev.tag in dw.KIND_OF or abbrev.tag in _BODIES
-    if abbrev.tag == dw.TAG_NAMESPACE:
-        read = nested
-    return _Plan(size, abbrev.children, read)
+    else:
+        size = sizes[0]
+    kind = dw.KIND_OF.get(abbrev.tag)
+    read = kind is not None or (abbrev.tag == dw.TAG_NAMESPACE and nested)
+    # a variable inside a function counts if it is not on a stack
+    told = {step.attribute for step in abbrev.steps}
+    local = read and (abbrev.tag != dw.TAG_VARIABLE or dw.AT_EXTERNAL in told)
+    body = abbrev.tag in _BODIES
+    name, length, line, declared = places.values()
+    parts = (name, length, line, declared)
+    how = kind if quick and size >= 0 else None
+    return _Plan(size, block, sizes[1], abbrev.children, read, local, body, how, parts)
 
 
 def form_of(die: Die) -> tuple[int | None, int | None]:
