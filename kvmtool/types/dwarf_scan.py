@@ -6,7 +6,7 @@ C++, where only the entries around a name tell its full name ("OSMetaClass::Expa
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from kvmtool.types import dwarf_abbrevs as ab
 from kvmtool.types import dwarf_numbers as dw
@@ -102,10 +102,7 @@ class Scanner:
                 if scopes:  # else it is padding behind the unit's entries
                     scope = scopes.pop()
                 continue
-            plan = plans.get(code)
-            if plan is None:
-                message = f"abbreviation code {code:#x}, which its unit does not have"
-                raise unit.bad(base + start, message)
+            plan = plans.get(code) or self._refuse(unit, base + start)
             inner = Scope(scope.prefix, True) if plan.body else scope
             counts = plan.local if scope.local else plan.read
             if plan.size < 0 or (counts and (plan.quick is None or (nested and plan.children))):
@@ -128,6 +125,10 @@ class Scanner:
                 scope = inner
         if at > end:
             raise unit.bad(unit.end, "a debugging entry that its unit's end cuts off")
+
+    def _refuse(self, unit: Unit, offset: int) -> NoReturn:
+        self._info.die(offset, unit)  # says what is wrong with its code or its forms
+        raise unit.bad(offset, "expected an entry of a known kind")
 
     def _planned(self, unit: Unit, nested: bool) -> tuple[dict[int, _Plan], list[int]]:
         """Plans by code; and by code the size of entries that are only passed over, or 0."""

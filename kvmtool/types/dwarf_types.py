@@ -74,7 +74,7 @@ class DeclaredCompound(Compound):
     def _definition(self) -> Compound:
         if self._found is None:
             found = self._define()
-            if not isinstance(found, Compound) or not found.complete:
+            if not isinstance(found, Compound) or isinstance(found, DeclaredCompound):
                 found = Compound(self.kind, self.tag, None)
             self._found = found
         return self._found
