@@ -444,14 +444,17 @@ def test_the_kernels_own_variables(dump):
     truth = inputs.truth(dump)
     with kvmtool.open(inputs.real(f"dumps/{dump}/mach_kernel"), inputs.plain_core(dump)) as kvm:
         assert kvm["_allproc"].address == truth["symbols"]["allproc"]
-        first = kvm["allproc"].cast("struct proc *")
+        first = kvm["allproc"].lh_first
         newest = next(p for p in truth["processes"] if p["pid"] == truth["allproc"][0])
         assert first.value() == newest["address"]
         assert first.p_comm.string() == newest["comm"]
         with pytest.raises(NotFoundError, match="nonesuch"):
             kvm["nonesuch"]
+        assert "allproc" in kvm
+        assert "nonesuch" not in kvm
+        assert kvm.evaluate("sizeof(kernproc->p_comm)") == 17
 
 
 def test_a_kernels_file_alone():
     with kvmtool.open(inputs.real("dumps/x86_64-10.8.5/mach_kernel")) as kvm:
-        assert kvm["version"].cast("char[100]").string().startswith("Darwin Kernel Version 12.5.0")
+        assert kvm["version"].string().startswith("Darwin Kernel Version 12.5.0")
