@@ -319,6 +319,15 @@ def test_what_lies_in_another_volume_is_absent():
     ]
 
 
+def test_a_stream_of_another_volume_of_a_striped_set_is_absent():
+    more = ((0x10000, PAGE, "aff4://eeee0000-366a-4997-8f10-cfbff91256f4"),)
+    dump = opened(build.aff4((0, page(0)), more=more))
+    assert regions(dump) == [(0, PAGE)]
+    with pytest.raises(FaultError, match="is absent"):
+        dump.physical().read(0x10000, 1)
+    assert "0x1000 bytes of" in dump.warnings[0]
+
+
 def test_a_range_past_the_end_of_its_stream_is_absent():
     content = build.members((0, page(0)))
     folder = build.MAP.replace("://", "%3A%2F%2F")

@@ -157,7 +157,8 @@ def _entries(volume: Volume, urn: str, old: bool, warnings: list[str]) -> Iterat
 
 def _target(volume: Volume, urn: str, size: int, base: int) -> _Target:
     """The target `urn`, of which the first `size` bytes are mapped, as the part at `base`."""
-    if urn in _ABSENT:
+    elsewhere = urn.startswith("aff4://") and urn not in volume.objects and urn not in volume
+    if urn in _ABSENT or elsewhere:
         return _Target(None, 0, True, [])
     symbol = _SYMBOL.fullmatch(urn)
     if (symbol or urn in _ZEROS) and size > _SYMBOLIC_LIMIT:
