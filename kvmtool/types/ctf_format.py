@@ -15,6 +15,7 @@ from struct import Struct
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvmtool.errors import FormatError, TruncatedError, UnsupportedError
+from kvmtool.types.near import one_line
 
 if TYPE_CHECKING:
     from kvmtool.source import Source
@@ -201,4 +202,4 @@ class CtfBody:
             if name == 0:
                 return ""
             raise self.bad(start, f"a name at {name:#x} of {self.header.strlen:#x} bytes of names")
-        return self.data[start:end].decode("utf-8", "backslashreplace")
+        return one_line(self.data[start:end].decode("utf-8", "backslashreplace"))

@@ -27,6 +27,7 @@ from kvmtool.types.ctype import (
     Pointer,
     Void,
 )
+from kvmtool.types.near import one_line
 from kvmtool.types.packed_text import TextLimits, first_bytes, unpacked
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ class IsfTypes:
             raise self._bad(f"symbol {name}", f"constant_data is no base64 ({exc})") from exc
 
     def _bad(self, where: str, message: str) -> FormatError:
-        return FormatError(self._path, None, f"{where}: {message}")
+        return FormatError(self._path, None, one_line(f"{where}: {message}"))
 
     def _named(self, kind: str, name: str) -> CType:
         """The base type, structure or enumeration `name`; a declaration if it is not described."""
@@ -125,7 +126,7 @@ class IsfTypes:
     def _make(self, kind: str, name: str) -> CType:
         if kind == "base":
             return self._base(name)
-        tag = None if _UNNAMED.match(name) else name
+        tag = None if _UNNAMED.match(name) else one_line(name)
         part = self._enums if kind == "enum" else self._structs
         found = part.get(name)
         if found is None:
@@ -150,13 +151,15 @@ class IsfTypes:
             raise self._bad(f"base type {name}", "expected a description, there is none")
         size = self._number(found, "size", f"base type {name}", 32)
         form = _FORMS.get(str(found.get("kind")), "int")
-        return Base(name, size, form, bool(found.get("signed", form == "int")))
+        return Base(one_line(name), size, form, bool(found.get("signed", form == "int")))
 
     def _constants(self, name: str, found: Json) -> list[tuple[str, int]]:
         constants = found.get("constants")
         if not isinstance(constants, dict) or not all(_is_int(n) for n in constants.values()):
             raise self._bad(f"enum {name}", "expected numbers as constants")
-        return sorted(constants.items(), key=lambda item: item[1])
+        return sorted(
+            ((one_line(text), value) for text, value in constants.items()), key=lambda pair: pair[1]
+        )
 
     def _fields(self, name: str, found: Json) -> list[Field]:
         described = found.get("fields")
@@ -174,7 +177,7 @@ class IsfTypes:
             raise self._bad(where, f"expected an offset and a type, got {value!r:.40}")
         offset = self._number(value, "offset", where, _SIZE_LIMIT)
         unnamed = value.get("anonymous") is True or _UNNAMED.match(name) is not None
-        shown = None if unnamed else name
+        shown = None if unnamed else one_line(name)
         if described.get("kind") != "bitfield":
             return Field(shown, self._type(described, where), offset)
         inner = described.get("type")
@@ -236,7 +239,7 @@ def open_isf(path: str) -> IsfTypes:
     except RecursionError as exc:
         raise FormatError(path, None, "JSON nested deeper than any ISF is") from exc
     except ValueError as exc:  # JSONDecodeError, and numbers and text that Python refuses
-        raise FormatError(path, None, f"is not JSON: {str(exc)[:200]}") from exc
+        raise FormatError(path, None, one_line(f"is not JSON: {str(exc)[:200]}")) from exc
     if not isinstance(content, dict) or not isinstance(content.get("user_types"), dict):
         raise FormatError(path, None, "expected ISF, got JSON without user_types")
     for part in _PARTS:

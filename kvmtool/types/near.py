@@ -1,4 +1,4 @@
-"""What a name that was not found may have meant."""
+"""What a name that was not found may have meant, and names from files in messages."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+
+def one_line(text: str) -> str:
+    """`text` with what does not print escaped: a damaged name must not break a message."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def near_misses(wanted: str, known: Sequence[str], limit: int = 3) -> list[str]:

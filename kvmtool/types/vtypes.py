@@ -24,6 +24,7 @@ from kvmtool.errors import FormatError, KvmWarning
 from kvmtool.types import dsymutil
 from kvmtool.types.ctype import Array, Base, Compound, Enum, Field, Function, Opaque, Pointer, Void
 from kvmtool.types.literal import LiteralError, parse_literal
+from kvmtool.types.near import one_line
 from kvmtool.types.profile_zip import is_profile, read_profile
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class ProfileTypes:
         return dsymutil.addresses(self._listing)
 
     def _bad(self, at: int, message: str) -> FormatError:
-        return FormatError(self._path, None, f"vtypes at character {at:#x}: {message}")
+        return FormatError(self._path, None, one_line(f"vtypes at character {at:#x}: {message}"))
 
     def _word(self, arch: str | None) -> int:
         """Bytes of a pointer: as the listing's processor has it, else half of two in a row."""
@@ -143,7 +144,7 @@ class ProfileTypes:
 
     def _make(self, name: str) -> Compound:
         is_class = name.endswith(_CLASS)
-        tag = None if _UNNAMED.match(name) else name.removesuffix(_CLASS)
+        tag = None if _UNNAMED.match(name) else one_line(name.removesuffix(_CLASS))
         kind = "class" if is_class else "struct"
         if name not in self._heads:
             return Compound(kind, tag, None)
@@ -181,7 +182,7 @@ class ProfileTypes:
             if form[0] == "array" and self._uncounted:
                 offsets = [other for other, _ in members.values()]
                 form = ["array", self._counted(where, form, offset, size, offsets), *form[2:]]
-            shown = None if _UNNAMED.match(field) else field
+            shown = None if _UNNAMED.match(field) else one_line(field)
             if form[0] == "BitField":
                 fields.append(self._bit_field(shown, where, offset, form))
             else:
@@ -224,7 +225,7 @@ class ProfileTypes:
         if what not in self._warned:
             self._warned.add(what)
             warnings.warn(
-                KvmWarning(f"{self._path}: {message} (a defect of profiles since 10.11)"),
+                KvmWarning(f"{self._path}: {one_line(message)} (a defect of profiles since 10.11)"),
                 stacklevel=2,
             )
 
@@ -251,7 +252,9 @@ class ProfileTypes:
 
 def _constants(choices: dict[Any, Any]) -> list[tuple[str, int]]:
     """Names and numbers, as 32-bit ones: -1 is written 18446744073709551615L."""
-    pairs = [(str(name), number) for number, name in choices.items() if isinstance(number, int)]
+    pairs = [
+        (one_line(str(name)), number) for number, name in choices.items() if isinstance(number, int)
+    ]
     return sorted(
         ((name, (number + 0x80000000) % (1 << 32) - 0x80000000) for name, number in pairs),
         key=lambda pair: pair[1],
