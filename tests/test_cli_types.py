@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
+import shutil
 import subprocess
 import sys
 
@@ -197,6 +199,140 @@ def test_two_kernels_files():
     (whole, *_) = rows("type", "vnode", "-N", kernel, "--diff", other)
     assert whole["size"] == layouts.table(OLD).size("vnode")
     assert whole["size_other"] == layouts.table("10.13.6 x86_64").size("vnode")
+
+
+# exact types
+
+
+OBJECTS = {
+    "objects/ppc-xnu-792.25.20-kern_proc.o": 0x1F4,
+    "objects/x86_64-xnu-2422.115.4-kern_proc.o": 0x4A8,
+    "objects/x86_64-xnu-2422.115.4-kern_proc.o.ctf": 0x4A8,
+}
+DWARFDUMP = shutil.which("llvm-dwarfdump") or shutil.which("llvm-dwarfdump-14")
+_MEMBER = re.compile(
+    r'DW_TAG_member\n\s+DW_AT_name\t\("(\w+)"\).*?data_member_location\t\(.*?(0x[0-9a-f]+)\)',
+    re.DOTALL,
+)
+
+
+@pytest.mark.parametrize("option", ["-N", "--types"])
+@pytest.mark.parametrize("name", OBJECTS)
+def test_an_object_file_alone(name, option):
+    """As the kernel, or as its types: either will do."""
+    size = OBJECTS[name]
+    output = run("type", "struct proc", option, real(name)).stdout
+    assert f"/* size: {size:#x} ({size}), members: " in output
+    assert "unknown" not in output.partition("\n")[2]
+
+
+@pytest.mark.skipif(not DWARFDUMP, reason="no llvm-dwarfdump")
+@pytest.mark.parametrize("name", list(OBJECTS)[:2])
+@pytest.mark.parametrize("tag", ["proc", "pgrp", "session"])
+def test_members_are_where_llvm_dwarfdump_has_them(name, tag):
+    command = [DWARFDUMP, f"--name={tag}", "--show-children", "--recurse-depth=1", real(name)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    theirs = [
+        {member: int(offset, 16) for member, offset in _MEMBER.findall(block)}
+        for block in re.split(r"\n(?=0x[0-9a-f]+: DW_TAG)", text)
+    ]
+    ours = {row["name"]: row["offset"] for row in rows("type", tag, "--types", real(name))}
+    wanted = max(theirs, key=len)
+    assert len(wanted) > 3
+    assert {member: ours[member] for member in wanted} == wanted
+
+
+ISF, CTF = "types/x86_64-10.8.5.types.json.gz", "types/x86_64-xnu-2422.115.4.ctfdata"
+
+
+@pytest.mark.parametrize("name", [ISF, "types/i386-10.5.8.types.json.gz", CTF])
+def test_a_file_of_types_alone(name):
+    found = {row["name"]: row for row in rows("type", "proc", "--types", real(name))}
+    assert found["p_list.le_next"]["type"] == "struct proc *"
+    assert found["p_comm"]["type"] == "char[17]"
+    listed = rows("types", "proc*", "--types", real(name), "--kind", "struct")
+    assert {"kind": "struct", "name": "proc"}.items() <= listed[0].items()
+    assert len(listed) > 3
+
+
+def test_typedefs_enums_and_values():
+    types = ["--types", real(CTF)]
+    assert run("type", "pid_t", *types).stdout.splitlines()[1:] == [
+        "typedef __darwin_pid_t pid_t;",
+        "typedef __int32_t __darwin_pid_t;",
+        "typedef int __int32_t;",
+        "/* 4 bytes */",
+    ]
+    (row,) = rows("type", "pid_t", *types)
+    assert (row["size"], row["type"], row["name"]) == (4, "int", "pid_t")
+    assert "    VREG = 1,\n" in run("type", "enum", "vtype", *types).stdout
+    values = rows("type", "enum vtype", *types)
+    assert ("VDIR", "enum vtype = 2") in [(row["name"], row["type"]) for row in values]
+    listed = rows("types", "proc_t", *types, "--kind", "typedef")
+    proc_t = {"kind": "typedef", "size": 8, "name": "proc_t", "type": "struct proc *"}
+    assert proc_t in listed
+
+
+def test_a_union_has_several_members_at_a_byte():
+    found = rows("type", "vm_map_object", "--types", real(CTF), "--offset", "0")
+    assert {row["name"] for row in found} == {"vm_object", "sub_map"}
+
+
+def test_the_same_kernel_by_dwarf_and_by_ctf_is_alike():
+    kernel, other = real(list(OBJECTS)[1]), real(CTF)
+    for tag in ("proc", "pgrp", "session", "ucred"):
+        assert "is alike in both" in run("type", tag, "-N", kernel, "--diff", other).stderr
+    assert "is alike in both" in run("type", "vnode", "--types", real(ISF), "--diff", OLD).stderr
+
+
+def test_what_moved_between_two_files_of_types():
+    found = rows("type", "proc", "--types", real(ISF), "--diff", real(CTF))
+    old, new = layouts.table(OLD), layouts.table(NEW)  # the same releases
+    moved = {row["name"]: row["offset_other"] for row in found if "moved" in row["change"]}
+    assert moved
+    assert moved == {
+        name: new.offset("proc", name)
+        for name, member in old.struct("proc").members.items()
+        if "." not in name and new.has("proc", name) and new.offset("proc", name) != member.offset
+    }
+
+
+def test_an_enum_of_two_kernels(tmp_path):
+    (tmp_path / "old.json").write_text(json.dumps(isf_of(RUN=1, STOP=2, ZOMBIE=3)))
+    (tmp_path / "new.json").write_text(json.dumps(isf_of(RUN=1, STOP=3, SLEEP=2)))
+    both = ["--types", str(tmp_path / "old.json"), "--diff", str(tmp_path / "new.json")]
+    found = rows("type", "enum state", *both)
+    assert {row["name"]: (row["change"], row["value"], row["value_other"]) for row in found} == {
+        "STOP": (["changed"], 2, 3),
+        "SLEEP": (["added"], None, 2),
+        "ZOMBIE": (["gone"], 3, None),
+    }
+    assert "2 -> 3" in run("type", "enum state", *both).stdout
+
+
+def isf_of(**values):
+    """The smallest ISF with one enum."""
+    return {
+        "metadata": {"format": "6.2.0", "producer": {"name": "test", "version": "1"}},
+        "base_types": {
+            "int": {"size": 4, "signed": True, "kind": "int", "endian": "little"},
+            "pointer": {"size": 8, "signed": False, "kind": "int", "endian": "little"},
+        },
+        "user_types": {},
+        "enums": {"state": {"size": 4, "base": "int", "constants": values}},
+        "symbols": {},
+    }
+
+
+def test_damaged_types_are_one_line(tmp_path):
+    with open(real(CTF), "rb") as whole:
+        data = bytearray(whole.read())
+    data[0x100:0x180] = bytes(0x80)
+    (tmp_path / "types.ctf").write_bytes(data[:0x4000])
+    result = run("type", "proc", "--types", str(tmp_path / "types.ctf"), status=1)
+    assert result.stderr.startswith("kvmtool: ")
+    assert str(tmp_path / "types.ctf") in result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
 # start-up

@@ -90,6 +90,12 @@ def test_structures_with_a_name_count_as_one_member_unless_expanded():
     }
 
 
+def test_a_structure_that_has_a_name_in_one_only():
+    opaque = Compound("struct", None, 16, [Field("opaque", Array(LONG, 2), 0)])
+    before, after = struct(("lock", Typedef("lock_t", opaque), 0)), struct(("lock", opaque, 0))
+    assert changes(before, after) == changes(after, before) == {}
+
+
 def test_bit_fields():
     before = struct(("a", UINT, 0, 0, 3), ("b", UINT, 0, 3, 2), ("c", UINT, 0, 9, 1))
     after = struct(("a", UINT, 0, 0, 4), ("b", UINT, 0, 4, 2), ("c", UINT, 1, 1, 1))

@@ -38,7 +38,8 @@ def show_diff(
 ) -> None:
     """Write what differs in the type `name` from `ours` to that of `other`.
 
-    The first row is the type itself. Raises NotFoundError("type") when `other` lacks it.
+    The first row is the type itself; of enums there are only values. Raises
+    NotFoundError("type") when `other` lacks it.
     """
     table, ctype = ours
     before, after = unqualified(ctype), unqualified(other.type(name))

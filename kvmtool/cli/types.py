@@ -43,7 +43,9 @@ def _of_file(path: str, where: Where) -> TypeTable:
     from kvmtool.type_files import KernelIdentity, open_types
     from kvmtool.types.model import TypeTable
 
-    found = open_types(path, KernelIdentity(where.arch), where.force)
+    # --arch picks a part of a fat file; of no kernel, any machine's types will do
+    identity = None if where.arch is None else KernelIdentity(where.arch)
+    found = open_types(path, identity, force=True)
     context = click.get_current_context()
     for source in found.held:
         context.call_on_close(source.close)

@@ -37,8 +37,8 @@ def compare(before: Compound, after: Compound, expand: bool = False) -> list[Cha
 
     What lies in a structure without a name is compared with its place there: it is not listed for
     being moved, added or gone along with that. With `expand` the same goes for structures with a
-    name; else these are members like any other. Of types that are not known only the places are
-    compared.
+    name; else these are members like any other, as is what only one of the two shows the inside
+    of. Of types that are not known only the places are compared.
     """
     old, new = _by_path(before, expand), _by_path(after, expand)
     found = []
@@ -91,8 +91,11 @@ def _by_path(compound: Compound, expand: bool) -> dict[str, _Member]:
 
 
 def _came_along(member: _Member, others: dict[str, _Member]) -> bool:
-    """Whether the other kernel lacks even the structure that it is in."""
-    return member.around is not None and member.around not in others
+    """Whether the other kernel does not show what is in the structure that this is in."""
+    if member.around is None:
+        return False
+    around = others.get(member.around)
+    return around is None or around.line.what != "open"
 
 
 def _differences(was: _Member, now: _Member) -> Iterator[str]:
