@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 GDB = "gdb://"
 _DEVICES = ("kmem", "mem")
+_RAW_AT = "raw@"
 
 
 class Container(NamedTuple):
@@ -32,7 +33,8 @@ class Container(NamedTuple):
 def open_container(name: str, format: str | None = None, mapped: bool = True) -> Container:
     """The memory called `name`: a path, a device, or gdb://host:port.
 
-    `format` names the container when its bytes do not; `mapped` off is for a file that may shrink
+    `format` names the container when its bytes do not ("raw", or "raw@0x800000000" for memory from
+    that address on); `mapped` off is for a file that may shrink
     while it is open, where a mapped one would end the process. Raises OSError, `FormatError`,
     `KvmError`.
     """
@@ -67,6 +69,8 @@ def _is_device(name: str) -> bool:
 def _open_file(source: Source, format: str | None) -> Container:
     from kvmtool import formats
 
+    if format is not None and format.startswith(_RAW_AT):
+        return Container(_raw_at(source, format), (source,))
     try:
         entry = formats.by_name(format) if format is not None else formats.identify(source)
     except UnknownFormatError as error:
@@ -82,6 +86,20 @@ def _open_file(source: Source, format: str | None) -> Container:
     inner = _open_file(dump.open_member(dump.kernel_member()), None)
     inner.dump.container = dump
     return Container(inner.dump, (*inner.sources, source), inner.unknown)
+
+
+def _raw_at(source: Source, format: str) -> Format:
+    """Raw memory whose first byte is at the address in `format`."""
+    from kvmtool.formats.raw import Raw
+
+    text = format.removeprefix(_RAW_AT)
+    try:
+        base = int(text, 0)
+    except ValueError:
+        base = -1
+    if base < 0:
+        raise UnknownFormatError(format, None, f"{text!r} is no address: expected raw@0x800000000")
+    return Raw(source, base)
 
 
 def _vmware_beside(memory: Source) -> Container | None:

@@ -60,8 +60,9 @@ def open(  # noqa: A001  kvmtool.open() reads as what it does
     `kernel` and `core` are paths. Without `kernel`, a dump's kernel is looked for by its UUID in
     the directories of `kernel_path` (KVMTOOL_KERNEL_PATH by default), else the one in the dump's
     own memory is used. `slide` (bytes) overrides what would be found; `force` goes on although
-    kernel and dump do not belong together; `format` names the container; `layout` a layout of the
-    database, and `types` a file with the kernel's types (dSYM, CTF, ISF, a Volatility 2 profile);
+    kernel and dump do not belong together; `format` names the container (`open_container` has the
+    names); `layout` a layout of the database, and `types` a file with the kernel's types (dSYM,
+    CTF, ISF, a Volatility 2 profile);
     `arch` the slice of a fat file, by default the dump's; `kexts` are kext files and the
     addresses they are loaded at; `progress` is told bytes done and bytes in all while memory is
     searched for the kernel.
@@ -182,6 +183,7 @@ def _open_physical(
     """A dump of physical memory, or a live machine's: the kernel's page tables have to be found."""
     from kvmtool.boot import Boot
     from kvmtool.formats import UNSAID
+    from kvmtool.formats.raw import Raw
     from kvmtool.paging import BUDGET
     from kvmtool.way_in import find_way, kernel_memory
 
@@ -195,6 +197,7 @@ def _open_physical(
         force=wanted.force,
         progress=wanted.progress,
         remember=not dump.live,
+        movable=isinstance(dump, Raw) and dump.movable,
     )
     kernel = wanted.kernel or _known_kernel(wanted, facts.uuid, lambda: look(None).uuid)
     file = open_kernel(kernel, wanted.arch or said) if kernel is not None else None
@@ -203,6 +206,8 @@ def _open_physical(
     if image is not None and image.cputype != way.cputype and not wanted.force:
         raise _other_machine(kernel or "", image, core, macho.arch_name(way.cputype, 0))
     machine = arch_for(way.cputype, facts.cpusubtype)
+    if way.base and isinstance(dump, Raw):
+        physical = dump.move(way.base)
     memory = kernel_memory(physical, way, 0 if _runs(dump) else BUDGET)
     boot = Boot(way.kernel_address, way.slide, way.how, way.uuid, way.version, way.rejected)
     if file is None or image is None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from kvmtool import way_memo, way_places, way_roots
+from kvmtool import way_base, way_memo, way_places, way_roots
 from kvmtool.arch import x86_pages
 from kvmtool.errors import (
     MismatchError,
@@ -35,9 +35,11 @@ if TYPE_CHECKING:
     from kvmtool.formats import Facts
     from kvmtool.macho import MachO
     from kvmtool.memory import Memory
+    from kvmtool.symbols import SymbolTable
     from kvmtool.way_scan import Progress
 
 _LIMIT = 100  # places, and reasons, that are kept
+_MOVES = 4  # places for which it is searched where memory begins: ten passes each
 _SEARCHES = 8  # places for which memory is searched for tables: each costs a pass
 _TOLD = 4  # reasons that an error tells
 
@@ -48,6 +50,7 @@ class Way(NamedTuple):
     `root` is the physical address of its top page table, `mode` its paging mode; `kernel_address`
     that of its Mach-O header, `slide` bytes from its link address (None when neither a kernel file
     nor a symbol table in memory tells). `how` says which way led there, `rejected` which did not.
+    `base` is where memory really begins: what is read has to be moved there first, unless it is 0.
     """
 
     root: int
@@ -59,6 +62,7 @@ class Way(NamedTuple):
     version: str | None
     how: str
     rejected: tuple[str, ...] = ()
+    base: int = 0
 
 
 def kernel_memory(physical: Memory, way: Way, budget: int = BUDGET) -> PagedMemory:
@@ -104,18 +108,20 @@ def find_way(
     force: bool = False,
     progress: Progress | None = None,
     remember: bool = True,
+    movable: bool = False,
 ) -> Way:
     """The way into the kernel, `kernel` its file if there is one, `name` the dump's for messages.
 
     `kernel_address` (of the header) is given by a user who knows the slide; with `force` another
     kernel than the file's is taken all the same. `progress` is called with bytes done and bytes in
-    all. `remember` is for files: what a live machine holds moves.
+    all. `remember` is for files: what a live machine holds moves. `movable` is memory from 0 on of
+    which nobody knows where it really begins: that is found, too (`Way.base`).
 
     Raises `MismatchError` when there is a kernel, but not that of the file; `NotFoundError`.
     """
     known = KernelFile(kernel) if kernel is not None else None
     search = _Search(physical, known, facts, Judge(known, name, force), progress)
-    search.kernel_address = kernel_address
+    search.kernel_address, search.movable = kernel_address, movable
     way = search.quick()
     if way is None:
         way = _remembered(search, known) if remember else search.thorough()
@@ -132,7 +138,7 @@ def _remembered(search: _Search, kernel: KernelFile | None) -> Way | None:
         way = search.thorough()
         if way is not None:
             root = Root(way.root, (way.mode,), way.how)
-            way_memo.store(key, Remembered(root, way.cputype, way.kernel_address))
+            way_memo.store(key, Remembered(root, way.cputype, way.kernel_address, way.base))
     return way
 
 
@@ -150,10 +156,11 @@ class _Search:
         self.physical, self.kernel, self.facts = physical, kernel, facts
         self.judge, self.progress = judge, progress
         self.kernel_address: int | None = None
+        self.movable = False
         self.rejected: list[str] = []
         self._places: list[Place] = []
         self._searched = 0  # how many of them have been searched for tables
-        self._tried: set[tuple[int, str, int]] = set()
+        self._tried: set[tuple[int, str, int, int]] = set()
         cputype = kernel.image.cputype if kernel is not None else facts.cputype
         self._machines = tuple(m for m in MACHINES if cputype in (UNSAID, m.cputype))
         if not self._machines:
@@ -165,7 +172,7 @@ class _Search:
 
     def thorough(self) -> Way | None:
         """By passing over memory, no more often than it takes."""
-        for ways in (self._tables, self._scanned, self._banners, self._tables):
+        for ways in (self._tables, self._scanned, self._banners, self._moved, self._tables):
             way = next(ways(), None)
             if way is not None:
                 return way
@@ -176,8 +183,10 @@ class _Search:
         machine = next((m for m in self._machines if m.cputype == known.cputype), None)
         if machine is None or self.kernel_address not in (None, known.kernel_address):
             return None
+        if known.base and not self.movable:
+            return None
         try:
-            return self._verify(known.root, machine, known.kernel_address)
+            return self._verify(known.root, machine, known.kernel_address, known.base)
         except UnsupportedError:  # a mode that this version does not know
             return None
 
@@ -209,8 +218,7 @@ class _Search:
                 continue
             for address in self._addresses(Shifted(self.physical, machine.base), machine):
                 at = address - machine.base
-                how = f"kernel header at physical {at:#x}"
-                yield from self._from_place(Place(machine, address, at, how))
+                yield from self._from_place(Place(machine, address, at, way_places.HEADER, at))
 
     def _scanned(self) -> Iterator[Way]:
         known = self.kernel
@@ -235,8 +243,7 @@ class _Search:
             else:
                 continue  # the header, which would tell, is not there: it had been found
             if self.kernel_address in (None, address):
-                how = f"banner at physical {at:#x}"
-                yield from self._from_place(Place(machine, address, header, how))
+                yield from self._from_place(Place(machine, address, header, "banner", at))
 
     def _tables(self) -> Iterator[Way]:
         while self._searched < min(len(self._places), _SEARCHES):
@@ -249,26 +256,52 @@ class _Search:
                     yield way
             self._reject(f"{place.how}: no page table found that maps it to {place.address:#x}")
 
+    def _moved(self) -> Iterator[Way]:
+        """By tables that agree with each other if memory begins elsewhere."""
+        places = [place for place in self._places if place.machine.base is None]
+        for place in places[: _MOVES if self.movable else 0]:
+            memory = place.static(self.physical)
+            symbols = self.judge.symbols(memory, place.address)
+            for base, root in way_base.searched(self.physical, place, self.progress):
+                where = f"memory from {base:#x} on, {place.if_from(base)}"
+                if symbols is not None:  # the kernel knows best which of its tables is in use
+                    yield from self._named(place, memory, symbols, base, where)
+                root = root._replace(how=f"{where}, {root.how}")
+                way = self._verify(root, place.machine, place.address, base)
+                if way is not None:
+                    yield way
+            self._reject(f"{place.how}: no page tables that tell where memory begins")
+
     def _from_place(self, place: Place) -> Iterator[Way]:
-        delta = (place.address - place.physical) & MASK
-        memory = Shifted(self.physical, delta)
+        memory = place.static(self.physical)
         why = self.judge.refuse(memory, place.address)
         if why is not None:
             if why:
                 self._reject(f"{place.how}: {why}")
             return
-        if place not in self._places and len(self._places) < _LIMIT:
-            self._places.append(place)
+        if len(self._places) < _LIMIT and place[:3] not in [known[:3] for known in self._places]:
+            self._places.append(place)  # its header and its low globals page tell of the same one
         symbols = self.judge.symbols(memory, place.address)
         if symbols is None:
             self._reject(f"{place.how}: no symbols to find its page table by")
             return
-        to_physical = way_roots.static_address(place.machine, delta)
+        base, where = None, place.how
+        if self.movable and place.machine.base is None:
+            base = way_base.of_variables(memory, place, symbols)
+        if base is not None:
+            where = f"memory from {base:#x} on by gPhysBase, {place.if_from(base)}"
+        yield from self._named(place, memory, symbols, base or 0, where)
+
+    def _named(
+        self, place: Place, memory: Shifted, symbols: SymbolTable, base: int, where: str
+    ) -> Iterator[Way]:
+        """By the tables that the kernel's symbols name, if memory begins at `base`."""
+        to_physical = way_roots.static_address(place.machine, place.address - place.physical)
         count = 0
         for root in way_roots.of_symbols(memory, to_physical, place.machine, symbols):
             count += 1
-            root = root._replace(how=f"{place.how}, {root.how}")
-            way = self._verify(root, place.machine, place.address)
+            root = root._replace(how=f"{where}, {root.how}")
+            way = self._verify(root, place.machine, place.address, base)
             if way is not None:
                 yield way
         if not count:
@@ -301,23 +334,24 @@ class _Search:
             return
         yield from way_places.addresses(memory, machine, self.kernel.link if self.kernel else None)
 
-    def _space(self, root: int, mode: str) -> PagedMemory:
-        return PagedMemory(self.physical, way_roots.walker(self.physical, mode, root))
+    def _space(self, root: int, mode: str, base: int = 0) -> PagedMemory:
+        physical = Shifted(self.physical, base) if base else self.physical
+        return PagedMemory(physical, way_roots.walker(physical, mode, root))
 
-    def _verify(self, root: Root, machine: Machine, address: int) -> Way | None:
+    def _verify(self, root: Root, machine: Machine, address: int, base: int = 0) -> Way | None:
         verdict: Verdict | str = ""
         for mode in root.modes:
-            candidate = (root.address, mode, address)
+            candidate = (root.address, mode, address, base)
             if candidate in self._tried:
                 continue
             self._tried.add(candidate)
-            space = self._space(root.address, mode)
+            space = self._space(root.address, mode, base)
             verdict = self.judge.judge(space, address)
             if isinstance(verdict, Verdict):
                 top = space.walker.root
-                return Way(
-                    top, mode, address, verdict.slide, machine.cputype, *verdict[1:], root.how
-                )
+                slide, uuid, version = verdict
+                found = (slide, machine.cputype, uuid, version, root.how)
+                return Way(top, mode, address, *found, base=base)
         if verdict:
             self._reject(f"{root.how}: {verdict}")
         return None
@@ -332,6 +366,8 @@ class _Search:
         if self.kernel is None or seen is None:
             tried = "; ".join(self.rejected[:_TOLD]) or "no trace of one was found"
             hint = "" if self.kernel is not None else "; name the kernel's file with -N"
+            if self.movable and any(place.machine.base is None for place in self._places):
+                hint += "; --core-format raw@ADDRESS says where in physical memory the file begins"
             return NotFoundError("kernel", f"in {name}", hint=tried + hint)
         uuid, version = seen
         return MismatchError(

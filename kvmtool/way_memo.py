@@ -22,6 +22,7 @@ class Remembered(NamedTuple):
     root: Root
     cputype: int
     kernel_address: int
+    base: int = 0  # where memory begins
 
 
 def key(physical: Memory, uuid: bytes | None) -> str:
@@ -48,14 +49,16 @@ def load(key: str) -> Remembered | None:
     if stored is None:
         return None
     try:
-        root, mode, cputype, header, how = stored.decode().split("\n", 4)
-        return Remembered(Root(int(root, 16), (mode,), how), int(cputype, 16), int(header, 16))
+        base, root, mode, cputype, header, how = stored.decode().split("\n", 5)
+        found = Root(int(root, 16), (mode,), how)
+        return Remembered(found, int(cputype, 16), int(header, 16), int(base, 16))
     except ValueError:
         return None
 
 
 def store(key: str, found: Remembered) -> None:
     """Keep what was found under `key`; that there is no cache is no error."""
-    root, cputype, header = found
-    lines = (f"{root.address:x}", root.modes[0], f"{cputype:x}", f"{header:x}", root.how)
+    root, cputype, header, base = found
+    numbers = (f"{base:x}", f"{root.address:x}", root.modes[0], f"{cputype:x}", f"{header:x}")
+    lines = (*numbers, root.how)
     cache.store(_KIND, key, "\n".join(lines).encode("utf-8", "backslashreplace"))

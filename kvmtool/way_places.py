@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 MASK = (1 << 64) - 1
 _COMMANDS_LIMIT = 1 << 20
+HEADER = "kernel header"
 STEXT = 0x10  # of lgStext in the low globals page of the 64-bit kernels: lowglobals.h, xnu-2050
 
 
@@ -94,12 +95,29 @@ MACHINES = (X86_64, I386, ARM64)
 
 
 class Place(NamedTuple):
-    """A kernel's header may be at `address`, in physical memory at `physical`; `how` says why."""
+    """A kernel's header may be at `address`, in physical memory at `physical`.
+
+    It is told by `what`, found at physical `at`.
+    """
 
     machine: Machine
     address: int
     physical: int
-    how: str
+    what: str
+    at: int
+
+    @property
+    def how(self) -> str:
+        """What tells it, in words."""
+        return self.if_from(0)
+
+    def if_from(self, base: int) -> str:
+        """The same if memory, taken to begin at 0, begins at `base`."""
+        return f"{self.what} at physical {base + self.at:#x}"
+
+    def static(self, physical: Memory) -> Shifted:
+        """The static part of the kernel, as it is mapped if this is right."""
+        return Shifted(physical, (self.address - self.physical) & MASK)
 
 
 class Shifted:
@@ -213,7 +231,6 @@ def scanned(
 def _by_low_globals(
     physical: Memory, machine: Machine, at: int, low_globals_at: int | None, link: int | None
 ) -> Place | None:
-    how = f"low globals page at physical {at:#x}"
     stext = _stext(physical, at, machine.low_globals[0].eyecatcher)
     if low_globals_at is not None and link is not None:
         # 10.6 and 10.7 have no lgStext: there the place of the page tells
@@ -223,7 +240,7 @@ def _by_low_globals(
         address, delta = stext, machine.base
     else:
         return None
-    return Place(machine, address, (address - delta) & MASK, how)
+    return Place(machine, address, (address - delta) & MASK, "low globals page", at)
 
 
 def _by_header(physical: Memory, machine: Machine, at: int, name: str) -> Iterator[Place]:
@@ -238,11 +255,10 @@ def _by_header(physical: Memory, machine: Machine, at: int, name: str) -> Iterat
         return
     if text is None or kld is None:
         return
-    how = f"kernel header at physical {at:#x}"
     if machine.base is not None:
-        yield Place(machine, at + machine.base, at, how)
+        yield Place(machine, at + machine.base, at, HEADER, at)
     if text.vmaddr != at + (machine.base or 0):  # slid together with the kernel
-        yield Place(machine, text.vmaddr, at, how)
+        yield Place(machine, text.vmaddr, at, HEADER, at)
 
 
 class _Header:

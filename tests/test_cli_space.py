@@ -11,6 +11,7 @@ import pytest
 from inputs import DUMPS, oracle, plain_core, real, truth
 
 from tests.test_cli import run
+from tests.test_way_in import FAR, far
 
 FORMS = ("mem.lime", "mem.elf")
 
@@ -205,3 +206,29 @@ def test_the_arm64_corefile_against_its_oracle() -> None:
     addresses = [int(symbol["addr"], 16) for symbol in known["symbols"].values()]
     spans = [(int(row["start"], 16), int(row["end"], 16)) for row in rows]
     assert all(any(start <= at < end for start, end in spans) for at in addresses)
+
+
+@pytest.mark.parametrize("said", [True, False], ids=["gPhysBase", "tables"])
+def test_raw_memory_of_arm64_begins_where_it_did(said: bool, tmp_path) -> None:
+    """No option is needed; --core-format raw@ADDRESS says it where nothing else does."""
+    here = far(said=said)
+    kernel, raw = str(tmp_path / "mach_kernel"), str(tmp_path / "memory")
+    for path, data in ((kernel, here.kernel.file), (raw, bytes(here.tables.memory.data))):
+        with open(path, "wb") as out:
+            out.write(data)
+    where, banner = ["-N", kernel, "-M", raw], "Darwin Kernel Version"
+    for more in ([], ["--core-format", "raw"], ["--core-format", f"raw@{FAR:#x}"]):
+        walk = json.loads(run("vtop", "_version", *where, *more, "--format", "json").stdout)
+        assert walk["physical"] == f"{here.at + 0x4040:#x}"
+        assert run("read", "_version", "21", "--raw", *where, *more).stdout == banner
+        by_hand = run("read", walk["physical"], "21", "--physical", "--raw", *where, *more)
+        assert by_hand.stdout == banner
+    for address in ("0", f"{FAR + 0x4000:#x}"):
+        wrong = run("vtop", "_version", *where, "--core-format", f"raw@{address}", status=1)
+        assert "not found" in wrong.stderr
+        assert "raw@ADDRESS" not in wrong.stderr
+    for text in ("", "x", "-1"):
+        wrong = run("vtop", "_version", *where, "--core-format", f"raw@{text}", status=1)
+        assert f"{text!r} is no address: expected raw@0x800000000" in wrong.stderr
+    wrong = run("vtop", "_version", *where, "--core-format", f"raw@{1 << 60:#x}", status=1)
+    assert "leaves the address space" in wrong.stderr

@@ -67,7 +67,7 @@ LAYERS = (
         "names",
         (
             *("symbols", "kext_file", "kexts", "boot", "kernel_file"),
-            *("way_in", "way_judge", "way_memo", "way_places", "way_roots", "way_scan"),
+            *("way_base", "way_in", "way_judge", "way_memo", "way_places", "way_roots", "way_scan"),
             *("kernel_index", "kernel_search", "physmap"),
         ),
     ),

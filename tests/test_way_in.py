@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import time
 from array import array
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 from builders import tiny_kernel
-from builders.pagetable import Tables
+from builders.pagetable import ARM64, KERNEL, Tables
 from builders.tiny_kernel import BANNER, DATA, END, UUID
 
 from kvmtool import way_places, way_scan
@@ -19,7 +20,7 @@ from kvmtool.formats.elf_core import ElfCore
 from kvmtool.formats.lime import Lime
 from kvmtool.formats.raw import Raw
 from kvmtool.macho import CPU_TYPE_ARM64, CPU_TYPE_I386, CPU_TYPE_X86_64, MachO
-from kvmtool.memory import RunMemory, read_cstring
+from kvmtool.memory import RunMemory, read_cstring, read_zero_filled
 from kvmtool.source import BytesSource, FileSource
 from kvmtool.way_in import Way, find_way, kernel_memory
 from kvmtool.way_roots import searched
@@ -480,6 +481,185 @@ def test_raw_memory_that_begins_elsewhere():
         find_way(elsewhere.physical(), here.file, raw.facts, "memory", remember=False)
 
 
+# raw memory that begins where nobody says
+
+
+class Elsewhere:
+    """Memory from physical address `base` on, for a table's builder to write into."""
+
+    def __init__(self, base: int, size: int) -> None:
+        self.base, self.data = base, bytearray(size)
+
+    def __len__(self) -> int:
+        return self.base + len(self.data)
+
+    def __getitem__(self, part: slice) -> bytes:
+        return bytes(self.data[part.start - self.base : part.stop - self.base])
+
+    def __setitem__(self, part: slice, content: bytes) -> None:
+        self.data[part.start - self.base : part.stop - self.base] = content
+
+
+FAR = 0x8_0000_0000
+SLIDE = 0x1234000
+
+
+def far(
+    mode: str = ARM_MODE,
+    base: int = FAR,
+    *,
+    said: bool = False,
+    ttep: bool = True,
+    **options,
+) -> World:
+    """An arm64 kernel in memory from `base` on, its tables full of addresses from there on.
+
+    `said`: whether its gPhysBase and gVirtBase say so; `ttep`: whether cpu_ttep names the table.
+    """
+    memory = Elsewhere(base, 16 * MIB)
+    tables = Tables(mode, 0, memory)
+    at, link = base + 0x438000, KERNEL[mode] + 0x7004000
+    variables = {"_cpu_ttep": tables.root} if ttep else {}
+    if said:
+        variables |= {"_gVirtBase": link + SLIDE - 0x38000, "_gPhysBase": base + 0x400000}
+    kernel = tiny_kernel.build("arm64", link, SLIDE, variables=variables, **options)
+    memory[at : at + len(kernel.image)] = kernel.image
+    for offset in range(0, END, tables.page):
+        tables.map(kernel.address + offset, at + offset)
+    return World(tables, kernel, at)
+
+
+def raw_way(here: World, with_kernel: bool = True, **options) -> Way:
+    raw = Raw(BytesSource(bytes(here.tables.memory.data), "memory"))
+    assert raw.movable
+    options.setdefault("remember", False)
+    kernel = here.file if with_kernel else None
+    way = find_way(raw.physical(), kernel, raw.facts, "memory", movable=True, **options)
+    memory = kernel_memory(raw.move(way.base), way)
+    assert memory.read(here.kernel.address, END) == here.kernel.image
+    assert memory.translate(here.kernel.address)[0] == here.at
+    return way
+
+
+@pytest.mark.parametrize("base", [FAR, 0x4000, 0x100_0000_0000])
+def test_the_kernel_says_where_memory_begins(base):
+    here = far(base=base, said=True)
+    way = raw_way(here)
+    assert (way.base, way.root, way.slide) == (base, here.tables.root, SLIDE)
+    assert f"memory from {base:#x} on by gPhysBase, kernel header at physical {here.at:#x}" in (
+        way.how
+    )
+
+
+@pytest.mark.parametrize("mode", ARM64)
+@pytest.mark.parametrize("ttep", [True, False], ids=["cpu_ttep", "no symbol"])
+def test_page_tables_say_where_memory_begins(mode, ttep):
+    here = far(mode, ttep=ttep)
+    way = raw_way(here)
+    assert (way.base, way.root, way.mode) == (FAR, here.tables.root, mode)
+    assert ("search for page tables" in way.how) != ttep
+
+
+@pytest.mark.parametrize("linkedit", [True, False], ids=["symbols in memory", "no symbols"])
+@pytest.mark.parametrize("said", [True, False])
+def test_where_memory_begins_without_the_kernels_file(linkedit, said):
+    here = far(linkedit=linkedit, said=said)
+    way = raw_way(here, with_kernel=False)
+    assert (way.base, way.root, way.version) == (FAR, here.tables.root, BANNER)
+
+
+@pytest.mark.parametrize(
+    ("mode", "size"), [("arm64 16K T1SZ 17", 32 * MIB), ("arm64 4K T1SZ 25", 2 * MIB)]
+)
+def test_blocks_say_where_memory_begins(mode, size):
+    """A kernel that is mapped by blocks lies in them as in memory: so it does at 0x438000."""
+    memory = Elsewhere(FAR, 16 * MIB)
+    tables = Tables(mode, 0, memory)
+    address = KERNEL[mode] + 64 * MIB + 0x438000
+    kernel = tiny_kernel.build("arm64", address, 0)
+    at = FAR + 0x438000
+    memory[at : at + END] = kernel.image
+    for offset in range(0, 16 * MIB, size):
+        tables.map(KERNEL[mode] + 64 * MIB + offset, FAR + offset, size=size)
+    way = raw_way(World(tables, kernel, at))
+    assert (way.base, way.root, way.mode) == (FAR, tables.root, mode)
+
+
+def test_random_pages_and_copies_do_not_say_where_memory_begins():
+    here = far(ttep=False)
+    memory = here.tables.memory.data
+    memory[8 * MIB : 12 * MIB] = random.Random(5).randbytes(4 * MIB)
+    memory[: len(here.kernel.file)] = here.kernel.file
+    for table in range(here.tables.next - FAR, 16 * MIB, here.tables.page):  # stale ones
+        stale = 2 * MIB + table % MIB
+        memory[stale : stale + here.tables.page] = memory[table : table + here.tables.page]
+    assert raw_way(here).base == FAR
+
+
+def test_tables_that_do_not_lead_to_each_other():
+    """An entry in the middle is wrong by a page: no place for memory makes a way of them."""
+    here = far(ttep=False)
+    slot = here.tables.reach(here.kernel.address, 1)
+    here.tables.put(slot, here.tables.get(slot) + here.tables.page)
+    with pytest.raises(NotFoundError, match="raw@ADDRESS says where") as error:
+        raw_way(here)
+    assert "no page tables that tell where memory begins" in str(error.value)
+
+
+def test_what_is_not_raw_stays_where_it_is():
+    here = far(said=True)
+    raw = Raw(BytesSource(bytes(here.tables.memory.data), "memory"), 0)
+    assert not raw.movable
+    with pytest.raises(NotFoundError) as error:
+        find_way(raw.physical(), here.file, raw.facts, "memory", remember=False)
+    assert "raw@ADDRESS" not in str(error.value)
+    told = Raw(BytesSource(bytes(here.tables.memory.data), "memory"), FAR)
+    way = find_way(told.physical(), here.file, told.facts, "memory", remember=False)
+    assert (way.base, way.root) == (0, here.tables.root)
+
+
+def test_where_memory_begins_is_remembered():
+    here = far(ttep=False)
+    passes: list[int] = []
+
+    def progress(done: int, total: int) -> None:
+        passes.append(done)
+
+    first = raw_way(here, remember=True, progress=progress)
+    assert passes
+    passes.clear()
+    again = raw_way(here, remember=True, progress=progress)
+    assert passes == []
+    assert again._replace(rejected=()) == first._replace(rejected=())
+    physical = Raw(BytesSource(bytes(here.tables.memory.data), "memory"), 0).physical()
+    with pytest.raises(NotFoundError):  # the same bytes, of which it is known that they begin at 0
+        find_way(physical, here.file, NOTHING, "memory")
+
+
+@pytest.mark.parametrize("with_kernel", [True, False], ids=["-N", "alone"])
+@pytest.mark.parametrize("variables", [True, False], ids=["gPhysBase", "tables"])
+def test_the_real_arm64_kernel_cut_at_its_header(with_kernel, variables, monkeypatch):
+    """Its memory below the kernel is gone: the file begins at 0x3004000."""
+    said = oracle("armc")
+    kernel = MachO(FileSource(real("machine/arm64-xnu-4903.221.2-bcm2837.mach_kernel")))
+    physical, _ = arm_physical()
+    regions = list(physical.regions())
+    start, end = regions[0].start, regions[-1].start + regions[-1].size
+    raw = Raw(BytesSource(read_zero_filled(physical, start, end - start), "armc.raw"))
+    if not variables:
+        monkeypatch.setattr("kvmtool.way_base.of_variables", lambda *_: None)
+    way = find_way(
+        *(raw.physical(), kernel if with_kernel else None, NOTHING, "armc.raw"),
+        remember=False,
+        movable=True,
+    )
+    assert start == 0x3004000
+    assert (way.base, way.root) == (start, int(said["ttbr1_cpu_ttep"], 16))
+    memory = kernel_memory(raw.move(way.base), way)
+    for symbol in said["symbols"].values():
+        assert memory.translate(int(symbol["addr"], 16))[0] == int(symbol["pa"], 16)
+
+
 # what is remembered
 
 
@@ -524,7 +704,7 @@ def test_a_pass_runs_at_a_gigabyte_a_second():
         assert list(way_scan.page_heads(physical, heads, None))
 
     def tables() -> None:
-        at = way_places.Place(way_places.X86_64, LINK + 0xA00000, 0xC00000, "")
+        at = way_places.Place(way_places.X86_64, LINK + 0xA00000, 0xC00000, "", 0)
         assert list(searched(physical, at, None))
 
     for scan in (heads_only, tables):

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from kvmtool.memory import Memory
 
 _VALID, _TABLE = 1 << 0, 1 << 1
-_AP_USER, _AP_READ_ONLY, _AF, _NG, _PXN, _UXN = 1 << 6, 1 << 7, 1 << 10, 1 << 11, 1 << 53, 1 << 54
+_AP_USER, _AP_READ_ONLY, _NG, _PXN, _UXN = 1 << 6, 1 << 7, 1 << 11, 1 << 53, 1 << 54
+ACCESSED = 1 << 10  # the access flag: without it the processor faults
 _PXN_TABLE, _UXN_TABLE, _AP_TABLE_NO_USER, _AP_TABLE_READ_ONLY = 1 << 59, 1 << 60, 1 << 61, 1 << 62
 _COMPRESSED, _COMPRESSED_ALT = 1 << 63, 1 << 62  # in entries that are not valid
 _OUTPUT = 0x0000FFFFFFFFFFFF
@@ -40,7 +41,7 @@ _LEAF_FLAGS = (
     (_VALID, "V"),
     (_AP_USER, "USER"),
     (_AP_READ_ONLY, "RO"),
-    (_AF, "AF"),
+    (ACCESSED, "AF"),
     (_NG, "nG"),
     (_PXN, "PXN"),
     (_UXN, "UXN"),

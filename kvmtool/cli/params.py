@@ -286,7 +286,7 @@ _KERNEL_OPTIONS = (
         "--core-format",
         "format_name",
         metavar="NAME",
-        help="What the core is, when its bytes do not say so (raw).",
+        help="What the core is, when its bytes do not say so: raw, or raw@ADDRESS where it begins.",
     ),
     click.option("--force", is_flag=True, help="Go on though kernel and core do not match."),
     click.option(
