@@ -95,8 +95,10 @@ def _named(words: list[str], source: TypeSource) -> CType:
 
 
 def _base(words: list[str], pointer_size: int) -> Base:
-    """C's own numbers in Apple's LP64 and ILP32."""
+    """C's own numbers in Apple's LP64 and ILP32. Raises `KvmError` for words C does not combine."""
     name = " ".join(words)
+    if not _is_number(words):
+        raise KvmError(f"{name!r}: expected the name of a type")
     if "float" in words or "double" in words:
         size = 4 if "float" in words else 16 if "long" in words else 8
         return Base(name, size, "float")
@@ -109,11 +111,23 @@ def _base(words: list[str], pointer_size: int) -> Base:
     return Base(name, size, "int", signed="unsigned" not in words)
 
 
+def _is_number(words: list[str]) -> bool:
+    """Whether C has a number of that name, its words in any order."""
+    one = [word for word in ("float", "double", "_Bool", "char") if word in words]
+    signs = words.count("signed") + words.count("unsigned")
+    if one == ["char"]:
+        return len(words) == 1 + signs <= 2
+    if one:
+        return len(words) == 1 or sorted(words) == ["double", "long"]
+    widths = words.count("short"), words.count("long")
+    return signs <= 1 and words.count("int") <= 1 and widths in ((0, 0), (1, 0), (0, 1), (0, 2))
+
+
 def _arrays(found: CType, rest: list[str], text: str) -> CType:
     counts: list[int | None] = []
     while rest:
         if len(rest) >= 3 and rest[0] == "[" and rest[1][0].isdigit() and rest[2] == "]":
-            counts.append(int(rest[1], 0))
+            counts.append(_count(rest[1], text))
             rest = rest[3:]
         elif rest[:2] == ["[", "]"]:
             counts.append(None)
@@ -123,3 +137,12 @@ def _arrays(found: CType, rest: list[str], text: str) -> CType:
     for count in reversed(counts):
         found = Array(found, count)
     return found
+
+
+def _count(digits: str, text: str) -> int:
+    try:
+        return int(digits, 0)
+    except ValueError:  # 017 is octal in C, and a mistake in most mouths
+        raise KvmError(
+            f"{text!r}: expected a number without zeros before it, got {digits}"
+        ) from None
