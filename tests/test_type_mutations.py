@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import random
 import resource
 import time
 import warnings
@@ -50,7 +52,20 @@ def _files() -> Iterator[bytes]:
     files = {"a.symbol.dsymutil": SYMBOLS, "a.vtypes": profile.vtypes(PROC)}
     yield profile.archive(files, zipfile.ZIP_STORED)
     yield profile.archive(files)
-    yield profile.archive({"a.vtypes": profile.vtypes(UNCOUNTED)}, zipfile.ZIP_STORED)
+    yield profile.vtypes(PROC).encode()
+    yield profile.vtypes(UNCOUNTED).encode()
+
+
+def _file(data: bytes, case: int | None = None) -> bytes:
+    """`data`, damaged; vtypes are put into their zip after that, whose checksum would tell."""
+    damaged = bytearray(data if case is None else mutated(data, case))
+    if case is not None and data[:1] in b"m{" and damaged:
+        chance = random.Random(case)
+        for _ in range(chance.choice((0, 1, 2, 8))):
+            damaged[chance.randrange(len(damaged))] = chance.choice(b"[]{}'\"0x,: L")
+    if data.startswith(b"mac_types"):
+        return profile.archive({"a.vtypes": damaged.decode("latin-1")})
+    return bytes(damaged)
 
 
 def _kernel(ctf: bytes) -> bytes:
@@ -125,7 +140,7 @@ def test_every_file_opens_before_it_is_damaged(files: list[bytes], tmp_path) -> 
     path = str(tmp_path / "types")
     for number, data in enumerate(files):
         with open(path, "wb") as file:
-            file.write(data)
+            file.write(_file(data))
         assert _refusal(path) is None, number
 
 
@@ -134,7 +149,7 @@ def test_only_one_line_errors(files: list[bytes], tmp_path) -> None:
     refused = 0
     for case in range(CASES):
         with open(path, "wb") as file:
-            file.write(mutated(files[case % len(files)], case))
+            file.write(_file(files[case % len(files)], case))
         began = time.process_time()
         message = _refusal(path)
         refused += message is not None
@@ -154,3 +169,33 @@ def test_names_of_several_lines(tmp_path) -> None:
     with open(path, "wb") as file:
         file.write(ctf.build())
     assert "\n" not in (_refusal(path) or "\n")
+
+
+ODD = (None, True, -1, 0, 1 << 70, 1.5, "", "x\ny", [], {}, {"kind": "struct", "name": "proc"})
+
+
+def test_isf_with_any_value_anywhere(tmp_path) -> None:
+    """JSON that is well-formed and means nothing."""
+    path = str(tmp_path / "types")
+    refused = 0
+    for case in range(CASES):
+        chance = random.Random(case)
+        parts = content()
+        for _ in range(chance.choice((1, 1, 3))):
+            _put(parts, copy.deepcopy(chance.choice(ODD)), chance)
+        with open(path, "w") as file:
+            json.dump(parts, file)
+        message = _refusal(path)
+        refused += message is not None
+        assert "\n" not in (message or ""), f"case {case}"
+    assert refused > CASES / 10
+
+
+def _put(parts: object, value: object, chance: random.Random) -> None:
+    """`value` in the place of something in `parts`, at any depth."""
+    while isinstance(parts, dict) and parts:
+        key = chance.choice(list(parts))
+        if not isinstance(parts[key], dict) or chance.random() < 0.2:
+            parts[key] = value
+            return
+        parts = parts[key]

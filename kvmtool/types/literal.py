@@ -60,13 +60,18 @@ def parse_literal(text: str, at: int) -> Any:
     return _value(_Tokens(text, at))
 
 
+def whole_number(text: str) -> int:
+    """What the token of a number stands for: "0x10", "16", "16L"."""
+    return int(text.rstrip("lL"), 16 if "x" in text.lower() else 10)
+
+
 def _value(tokens: _Tokens) -> Any:
     if tokens.kind == "text":
         text = tokens.value[1:-1]
         tokens.step()
         return text
     if tokens.kind == "number":
-        number = int(tokens.value.rstrip("lL"), 16 if "x" in tokens.value.lower() else 10)
+        number = whole_number(tokens.value)
         tokens.step()
         return number
     if tokens.value not in "[{":

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from kvmtool.errors import FormatError, KvmWarning
 from kvmtool.types import dsymutil
 from kvmtool.types.ctype import Array, Base, Compound, Enum, Field, Function, Opaque, Pointer, Void
-from kvmtool.types.literal import LiteralError, parse_literal
+from kvmtool.types.literal import LiteralError, parse_literal, whole_number
 from kvmtool.types.near import one_line
 from kvmtool.types.profile_zip import is_profile, read_profile
 
@@ -81,7 +81,7 @@ class ProfileTypes:
         # name -> (size, where the members' dictionary begins); the last of one name counts
         self._heads: dict[str, tuple[int, int]] = {}
         for found in _HEAD.finditer(text.vtypes):
-            self._heads[found[1]] = int(found[2], 0), found.end()
+            self._heads[found[1]] = whole_number(found[2]), found.end()
             if len(self._heads) > _STRUCTS_LIMIT:
                 raise self._bad(found.start(), f"more than {_STRUCTS_LIMIT} structures")
         if not self._heads:
