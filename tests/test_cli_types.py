@@ -297,6 +297,18 @@ def test_what_moved_between_two_files_of_types():
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "whose"),
+    [("proc", "DWARF"), ("pid_t", "DWARF"), ("zone", "built-in"), ("struct zone *", "DWARF")],
+)
+def test_whose_a_type_is_that_a_file_lacks(name, whose):
+    """An object has the types of one source file; the built-in layout answers for the rest."""
+    kernel = real("machine/x86_64-xnu-2422.115.4.mach_kernel")
+    head, *_ = run("type", name, "-N", kernel, "--types", real(list(OBJECTS)[1])).stdout.split("\n")
+    assert head.startswith("/* types of ")
+    assert (whose in head, "what that lacks" in head) == (True, False)
+
+
 def test_an_enum_of_two_kernels(tmp_path):
     (tmp_path / "old.json").write_text(json.dumps(isf_of(RUN=1, STOP=2, ZOMBIE=3)))
     (tmp_path / "new.json").write_text(json.dumps(isf_of(RUN=1, STOP=3, SLEEP=2)))

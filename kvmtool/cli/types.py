@@ -43,9 +43,7 @@ def _of_file(path: str, where: Where) -> TypeTable:
     from kvmtool.type_files import KernelIdentity, open_types
     from kvmtool.types.model import TypeTable
 
-    # --arch picks a part of a fat file; of no kernel, any machine's types will do
-    identity = None if where.arch is None else KernelIdentity(where.arch)
-    found = open_types(path, identity, force=True)
+    found = open_types(path, KernelIdentity(where.arch), where.force)
     context = click.get_current_context()
     for source in found.held:
         context.call_on_close(source.close)
@@ -117,8 +115,10 @@ def type(  # noqa: A001  the command's name
 def _show_declaration(ctype: CType, table: TypeTable, expand: bool) -> None:
     from kvmtool.cli.declaration import declaration
     from kvmtool.cli.render import visible
+    from kvmtool.types.chained import origin_of
 
-    lines = [f"/* types of {table.name}: {table.origin} */", *declaration(ctype, expand)]
+    origin = origin_of(table.source, ctype)
+    lines = [f"/* types of {origin} */", *declaration(ctype, expand)]
     click.echo("\n".join(map(visible, lines)))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvmtool.types.ctype import Compound, Enum
+from kvmtool.types.ctype import Compound, Enum, Typedef
 from kvmtool.types.model import TypeTable
 
 if TYPE_CHECKING:
@@ -60,3 +60,15 @@ def chain(exact: TypeSource, below: TypeTable) -> TypeTable:
         return below.find_struct(name) if found is None else found
 
     return TypeTable(Chained(exact, below.source), flat)
+
+
+def origin_of(source: TypeSource, ctype: CType) -> str:
+    """Which types `ctype`, that `source` found, is one of, and where these come from."""
+    while isinstance(source, Chained):
+        known = True  # what has no name of its own is written in C: "struct proc *"
+        if isinstance(ctype, (Typedef, Compound, Enum)) and ctype.name:
+            kind = "typedef" if isinstance(ctype, Typedef) else "tag"
+            found = source.first.find(kind, ctype.name)
+            known = found is not None and (not _declared(found) or ctype.size is None)
+        source = source.first if known else source.then
+    return f"{source.name}: {source.origin}"
