@@ -39,6 +39,7 @@ sample: $(STAMP) ## build the embedded sample
 bench: $(STAMP) ## measure against llvm-nm and bare imports, as ratios
 	@$(BIN)/python tools/bench.py
 	@$(BIN)/python tools/bench_memory.py
+	@$(BIN)/python tools/bench_types.py
 
 machine: $(STAMP) ## boot a kernel of our own under QEMU, dump it in every form, check them
 	@$(BIN)/python -m tests.machine --forms $(FORMS)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+from struct import pack
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,7 +13,8 @@ import pytest
 from kvmtool.macho import MachO
 from kvmtool.peel import peel
 from kvmtool.source import BytesSource, FileSource
-from kvmtool.types.ctype import Compound
+from kvmtool.types.ctype import Compound, Enum
+from kvmtool.types.declare import declare
 from kvmtool.types.dwarf import DwarfTypes, open_dwarf
 from kvmtool.types.model import TypeTable
 from tests import inputs
@@ -54,7 +57,7 @@ def walked(data: bytes) -> DwarfTypes:
 
 
 @pytest.mark.parametrize(
-    ("name", "struct", "size"),
+    ("name", "tag", "size"),
     [
         # data/README.md, which has them from the research's own readers
         (PPC, "proc", 0x1F4),
@@ -63,10 +66,10 @@ def walked(data: bytes) -> DwarfTypes:
         (X86_64, "proc", 0x4A8),
     ],
 )
-def test_sizes_of_real_structures(name: str, struct: str, size: int) -> None:
+def test_sizes_of_real_structures(name: str, tag: str, size: int) -> None:
     types = opened(inputs.real(name))
-    assert TypeTable(types).size(struct) == size
-    assert struct in types.names("tag")
+    assert TypeTable(types).size(tag) == size
+    assert tag in types.names("tag")
 
 
 def dumped_members(path: str, struct: str) -> list[tuple[str, int]]:
@@ -173,8 +176,8 @@ def test_every_structure_as_pyelftools_reads_it(name: str, arch: str | None) -> 
     types = opened(path, arch)
     compared = 0
     told: dict[str, list[object]] = {}
-    for struct, size, members in judged(image_of(path, arch)):
-        told.setdefault(struct, []).append((size, members))
+    for tag, size, members in judged(image_of(path, arch)):
+        told.setdefault(tag, []).append((size, members))
     assert set(types.names("tag")) >= set(told)
     for struct, forms in told.items():
         found = types.find("tag", struct)
@@ -248,3 +251,193 @@ def test_tables_of_names_find_what_a_walk_finds(folder, source, flags) -> None:
             assert other is not None
             assert one.size == other.size
     assert "tag" in names_of(table)
+
+
+@pytest.mark.parametrize("order", [(CPLUSPLUS, SOURCE), (SOURCE, CPLUSPLUS)])
+def test_names_of_a_dsym_of_c_and_cplusplus(tmp_path, order: tuple[str, ...]) -> None:
+    objects = []
+    for number, source in enumerate(order):
+        os.makedirs(tmp_path / str(number))
+        language = ["-xc++"] if source is CPLUSPLUS else []
+        flags = (*language, "-target", "x86_64-apple-macos10.13", "-gdwarf-4")
+        objects.append(dwarf.compiled(str(tmp_path / str(number)), source, *flags))
+    path = dwarf.dsym(str(tmp_path), objects)
+    with open(path, "rb") as file:
+        data = file.read()
+    assert b"__apple_types" in data
+    table, walk = of_bytes(data), walked(data)
+    assert names_of(table)["tag"] == names_of(walk)["tag"]
+    # llvm-dwarfdump's names of these, from clang's own printing of types
+    assert {"os::Base::Inner", "Inner", "os::Base::E", "os::Derived", "proc"} <= names_of(table)[
+        "tag"
+    ]
+    for types in (table, walk):
+        assert types.find("tag", "os::Base::Inner").size == 16
+        assert types.find("tag", "Inner").size == 2
+        assert types.find("tag", "proc").size == 32
+
+
+def test_classes(folder) -> None:
+    """Offsets are clang's, from -fdump-record-layouts of CPLUSPLUS."""
+    flags = ("-xc++", "-target", "x86_64-apple-macos12", "-gdwarf-4")
+    layouts = dwarf.record_layouts(folder, CPLUSPLUS, *flags[:3])
+    assert re.search(r"os::Derived\n.*\| *class os::Base \(primary base\)", layouts)
+    types = opened(dwarf.compiled(folder, CPLUSPLUS, *flags))
+    derived = types.find("tag", "os::Derived")
+    assert isinstance(derived, Compound)
+    assert derived.kind == "class"
+    size = re.search(r"\| class os::Derived\n(?:.*\n)*? *\| \[sizeof=(\d+)", layouts)
+    assert size
+    assert derived.size == int(size.group(1))
+    assert [(field.name, field.type.name) for field in derived.fields[:2]] == [
+        (None, "os::Base"),
+        (None, "os::Second"),
+    ]
+    second = re.search(r"(\d+) \|   struct os::Second \(base\)\n", layouts)
+    assert second
+    assert derived.fields[1].offset == int(second.group(1))
+    base = types.find("tag", "os::Base")
+    assert isinstance(base, Compound)
+    assert [field.name for field in base.fields] == [
+        *("_vptr$Base", "a", "inner", "e", None, "pm", "pf", "r", "ok")
+    ]
+    virtual = types.find("tag", "os::Virtual")
+    assert isinstance(virtual, Compound)
+    assert [field.name for field in virtual.fields] == ["_vptr$Virtual", "x"]
+    later = types.variable("_ZN2os5laterE")
+    assert later is not None
+    assert declare(later, "later") == "struct os::Later *later"
+    assert types.variable("_ZN2os4Base5countE").name == "int"
+
+
+TYPES = """
+enum sign { minus = -1, plus = 1 }; enum large { most = 0xffffffff }; enum only;
+typedef int (*handler_t)(int, ...); typedef int old(); typedef char matrix[2][3];
+struct undefined; struct flexible { int n; struct undefined *u; char rest[]; };
+struct zero { int n; char rest[0]; }; struct empty {};
+struct proc *current(void);
+enum sign sign; enum large large; handler_t handler; old *older; matrix rows; matrix *table;
+struct flexible flexible; struct zero zero; struct empty empty;
+const volatile char *const text; _Atomic int counter; void *anything; long double ld; _Bool yes;
+unsigned char byte; float real; int *restrict only_one; int use(void) { return 0; }
+void nothing(struct proc *p, const char *format, ...) {}
+"""
+DECLARED = {
+    "handler": "handler_t handler",
+    "rows": "matrix rows",
+    "table": "matrix *table",
+    "text": "const volatile char *const text",
+    "anything": "void *anything",
+    "nothing": "void nothing(struct proc *, const char *, ...)",
+}
+
+
+@pytest.mark.parametrize("version", [2, 4, 5])
+def test_every_sort_of_type(folder, version: int) -> None:
+    flags = ("-target", "x86_64-apple-macos12", f"-gdwarf-{version}", "-std=c11")
+    types = opened(dwarf.compiled(folder, TYPES.replace("restrict", "__restrict"), *flags))
+    table = TypeTable(types)
+    # DWARF 2 has no tag for restrict, and none before 5 one for _Atomic
+    counter = "_Atomic int counter" if version >= 5 else "int counter"
+    only_one = "int *restrict only_one" if version >= 3 else "int *only_one"
+    more = {"counter": counter, "only_one": only_one}
+    for name, text in (DECLARED | more).items():
+        found = types.variable(name)
+        assert found is not None, name
+        assert declare(found, name) == text
+    assert declare(types.find("typedef", "handler_t").target) == "int (*)(int, ...)"
+    assert declare(types.find("typedef", "old").target, "f") == "int f()"
+    assert declare(types.find("typedef", "matrix").target, "m") == "char m[2][3]"
+    assert table.type("matrix").size == 6
+    sign, large = types.find("tag", "sign"), types.find("tag", "large")
+    assert isinstance(sign, Enum)
+    assert isinstance(large, Enum)
+    assert (sign.values, sign.signed) == ([("minus", -1), ("plus", 1)], True)
+    assert (large.values, large.signed) == ([("most", 0xFFFFFFFF)], False)
+    assert [types.find("tag", tag).size for tag in ("flexible", "zero", "empty")] == [16, 4, 0]
+    flexible, zero = types.find("tag", "flexible"), types.find("tag", "zero")
+    assert [f.type.count for f in (flexible.fields[2], zero.fields[1])] == [None, 0]
+    target = flexible.fields[1].type.target
+    assert (target.tag, target.size, target.complete) == ("undefined", None, False)
+    forms = {name: types.variable(name) for name in ("yes", "byte", "real", "ld")}
+    told = [(base.form, base.size) for base in forms.values()]
+    assert told == [("bool", 1), ("char", 1), ("float", 4), ("float", 16)]
+    assert types.variable("absent") is None
+    assert types.find("tag", "absent") is None
+
+
+GCC = """
+typedef int pid_t; struct task; enum state { idle, running = 5, gone = -1 };
+struct proc { struct { struct proc *next; } link; pid_t p_pid; struct task *task; unsigned f:3;
+  struct inner { short s; } in; int (*call)(struct proc *); char name[17]; enum state state; };
+struct proc *allproc; static struct proc zombie; struct proc *find(int pid) { return &zombie; }
+extern struct proc assembled; int use(void) { return assembled.f; }
+"""
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "-gdwarf-2 -gstrict-dwarf -gpubnames",
+        "-gdwarf-3",
+        "-gdwarf-4 -fdebug-types-section",
+        "-gdwarf-5 -fdebug-types-section",
+        "-gdwarf-5 -gdwarf64",
+        "-gdwarf-4 -gpubnames",
+    ],
+)
+def test_what_gcc_writes(folder, flags: str) -> None:
+    """Its lists of names, DW_AT_sibling, type units; the layout is clang's for the same machine."""
+    source, target = GCC, ("-target", "x86_64-linux-gnu")
+    layout = dwarf.record_layouts(folder, source, *target)
+    path = dwarf.compiled(folder, source, *flags.split(), compiler=dwarf.tool("gcc"))
+    data = dwarf.from_elf(path)
+    assert (b"__debug_pubtypes" in data) == ("-gpubnames" in flags)
+    types = of_bytes(data)
+    found = types.find("tag", "proc")
+    assert isinstance(found, Compound)
+    told = re.search(r"\| struct proc\n((?:.*\n)*?) *\| \[sizeof=(\d+)", layout)
+    assert told
+    assert found.size == int(told.group(2))
+    rows = re.findall(r"^ *(\d+)(?::(\d)-\d)? \|   (?! ).*?(\w+)$", told.group(1), re.M)
+    mine = [(str(f.offset), str(f.bit_offset or 0), f.name) for f in found.fields]
+    assert mine == [(offset, bit or "0", name) for offset, bit, name in rows]
+    assert {"proc", "inner", "state"} <= set(types.names("tag"))
+    for name, text in (
+        ("allproc", "struct proc *allproc"),
+        ("zombie", "struct proc zombie"),
+        ("find", "struct proc *find(int)"),
+        ("assembled", "struct proc assembled"),
+    ):
+        assert declare(types.variable(name), name) == text
+    state = types.find("tag", "state")
+    assert isinstance(state, Enum)
+    assert state.values == [("idle", 0), ("running", 5), ("gone", -1)]
+
+
+def test_offsets_left_to_the_linker(folder) -> None:
+    """Relocation entries of an MH_OBJECT that lead from one DWARF section into another."""
+    path = dwarf.compiled(folder, SOURCE, "-target", "x86_64-apple-macos12", "-gdwarf-4")
+    plain, data = opened(path), bytearray()
+    with open(path, "rb") as file:
+        data += file.read()
+    image = image_of(path)
+    names = [section.sectname for section in image.sections]
+    info, strings = (image.sections[names.index(f"__debug_{n}")] for n in ("info", "str"))
+    assert strings.addr
+    # The names of structures as an assembler may leave them: addresses, each with an entry
+    entries = bytearray()
+    for name in ("proc", "task", "state"):
+        text = image.source.find(b"\0%b\0" % name.encode(), strings.offset, image.source.size) + 1
+        value = (text - strings.offset).to_bytes(4, "little")
+        at = image.source.find(value, info.offset + 11, info.offset + info.size)
+        data[at : at + 4] = (text - strings.offset + strings.addr).to_bytes(4, "little")
+        word = names.index("__debug_str") + 1 | 2 << 25  # 4 bytes, absolute, of that section
+        entries += (at - info.offset).to_bytes(4, "little") + word.to_bytes(4, "little")
+    head = next(image.commands(0x19))
+    table = head.offset + 72 + 80 * names.index("__debug_info")
+    data[table + 56 : table + 64] = pack("<2I", len(data), len(entries) // 8)
+    moved = walked(bytes(data + entries))
+    assert set(moved.names("tag")) == set(plain.names("tag")) == {"proc", "value", "state"}
+    assert moved.find("tag", "proc").size == 32
+    assert declare(moved.find("tag", "proc").fields[2].type, "t") == "struct task *t"

@@ -1,0 +1,105 @@
+"""Measure `kvmtool type proc` from dSYMs, whole process, against targets and pyelftools' walk.
+
+Wall time, the median of 7, on generated dSYMs of 30 and 160 MB: the first time (no cache) and the
+second. Needs clang, dsymutil and pyelftools.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
+
+ROUNDS = 7
+MB = 1_000_000
+
+
+def seconds(path: str, cache: str) -> float:
+    """Wall time of one whole process."""
+    command = [sys.executable, "-m", "kvmtool", "--types", path, "type", "proc"]
+    began = time.perf_counter()
+    subprocess.run(
+        command,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "KVMTOOL_CACHE": cache, "PYTHONDONTWRITEBYTECODE": ""},
+        check=True,
+    )
+    return time.perf_counter() - began
+
+
+def medians(path: str, folder: str) -> tuple[float, float]:
+    """(first time, second time)."""
+    times: list[tuple[float, float]] = []
+    for number in range(ROUNDS + 1):
+        cache = os.path.join(folder, f"cache{number}")
+        times.append((seconds(path, cache), seconds(path, cache)))
+        shutil.rmtree(cache)
+    first, second = zip(*times[1:], strict=True)
+    return statistics.median(first), statistics.median(second)
+
+
+def elftools_walk(path: str, units: int) -> float:
+    """Seconds that pyelftools needs for every entry of the file, measured on `units` units."""
+    from elftools.dwarf.dwarfinfo import DebugSectionDescriptor, DwarfConfig, DWARFInfo
+
+    from kvmtool.macho import MachO
+    from kvmtool.source import FileSource
+
+    image = MachO(FileSource(path))
+    given = dict.fromkeys(
+        name for name in DWARFInfo.__init__.__code__.co_varnames if "_sec" in name
+    )
+    for section in image.sections:
+        key = section.sectname.replace("__debug_", "debug_") + "_sec"
+        if section.segname == "__DWARF" and key in given:
+            data = image.source.read_at(section.offset, section.size)
+            given[key] = DebugSectionDescriptor(io.BytesIO(data), key, 0, section.size, 0)
+    info = DWARFInfo(DwarfConfig(True, "x64", 8), **given)
+    total = given["debug_info_sec"].size
+    began, walked = time.perf_counter(), 0
+    for unit in info.iter_CUs():
+        walked += unit.size
+        for _ in unit.iter_DIEs():
+            pass
+        units -= 1
+        if not units:
+            break
+    return (time.perf_counter() - began) * total / walked
+
+
+def row(what: str, took: float, target: float) -> bool:
+    met = "met" if took <= target else "MISSED"
+    print(f"{what:<52} {1000 * took:7.0f} ms   target {1000 * target:.0f}: {met}")
+    return took <= target
+
+
+def main() -> int:
+    from tests.builders import dwarf_big
+
+    met = []
+    with tempfile.TemporaryDirectory() as folder:
+        for size, targets in ((30 * MB, (0.35, 0.15)), (160 * MB, (1.0, 0.15))):
+            path = dwarf_big.write_dsym(folder, size)
+            what = f"type proc, dSYM of {os.path.getsize(path) / MB:.0f} MB"
+            first, second = medians(path, folder)
+            met.append(row(f"{what}, the first time", first, targets[0]))
+            met.append(row(f"{what}, the second time", second, targets[1]))
+            walk = elftools_walk(path, 3)
+            ratio = walk / first
+            verdict = "met" if ratio >= 100 else "MISSED"
+            name = f"{what}: pyelftools' full walk {walk:.0f} s"
+            print(f"{name:<52} {ratio:7.0f} x   target 100: {verdict}")
+            met.append(ratio >= 100)
+    return 0 if all(met) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
