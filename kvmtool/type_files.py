@@ -24,7 +24,7 @@ from kvmtool.errors import (
 from kvmtool.macho import uuid_text
 from kvmtool.peel.decoded import file_identity
 from kvmtool.source import FileSource
-from kvmtool.type_readers import Read, read_types, types_in
+from kvmtool.type_readers import Read, ctf_in, dwarf_in, read_types
 from kvmtool.types.packed import Identity
 from kvmtool.types.remembered import Remembered, recall
 
@@ -163,15 +163,16 @@ def find_types(
 ) -> Found | None:
     """The exact types of a kernel whose Mach-O is `image` and whose file is at `path`.
 
-    Looked for in a dSYM beside that file, in the image (DWARF, then CTF), by UUID in the
-    directories of `kernel_path` (KVMTOOL_KERNEL_PATH by default), and in CTF or ISF files beside
-    the kernel. What is damaged or another kernel's is passed over with a warning.
+    Looked for in a dSYM beside that file, in the image's DWARF, in dSYMs of the same UUID in the
+    directories of `kernel_path` (KVMTOOL_KERNEL_PATH by default), in the image's CTF, and in CTF
+    or ISF files beside the kernel. What is damaged or another kernel's is passed over with a
+    warning.
     """
     for place, how in _places(image, path, kernel, kernel_path):
         try:
             if isinstance(place, str):
                 return open_types(place, kernel, how=how)
-            inside = _inside(place, kernel)
+            inside = place()
             if inside is not None:
                 return Found(inside, f"{inside.origin}, {how}", (_Held(inside, []),))
         except NotFoundError:
@@ -181,38 +182,54 @@ def find_types(
     return None
 
 
-def _inside(image: MachO, kernel: KernelIdentity) -> TypeSource | None:
-    """The types that the kernel's Mach-O carries; of a file remembered as those of others are."""
-    if not {"__DWARF", "__CTF"}.intersection(section.segname for section in image.sections):
-        return types_in(image)
-
-    def read() -> Read:
-        found = types_in(image)
-        if found is None:
-            raise NotFoundError("types", f"in {image.source.name}")
-        return Read(found, image.uuid)
-
-    return _remembered(_key(image.source, kernel.arch, kernel.pointer_size), read).source
-
-
 def _places(
     image: MachO | None,
     path: str | None,
     kernel: KernelIdentity,
     kernel_path: Sequence[str] | None,
-) -> Iterator[tuple[MachO | str, str]]:
-    """Where types may be, the fullest first, and what to call that; a string is a path."""
+) -> Iterator[tuple[Callable[[], TypeSource | None] | str, str]]:
+    """Where types may be, the fullest first, and what to call that; a string is a path.
+
+    DWARF says more than CTF, which leaves out C++ and cuts long enumerations.
+    """
     stems = [] if path is None else [path, os.path.splitext(path)[0]]
     for stem in stems:
         if os.path.isdir(f"{stem}.dSYM"):
             yield f"{stem}.dSYM", "beside the kernel"
     if image is not None:
-        yield image, "in the kernel itself"
+        yield partial(_inside, image, path, kernel, dwarf_in), "in the kernel itself"
     for found in _known_dsym(kernel.uuid, kernel_path):
         yield found, "found by the kernel's UUID"
+    if image is not None:
+        yield partial(_inside, image, path, kernel, ctf_in), "in the kernel itself"
     for name in (f"{stem}{suffix}" for stem in stems for suffix in _BESIDE):
         if os.path.isfile(name):
             yield name, "beside the kernel"
+
+
+def _inside(
+    image: MachO,
+    path: str | None,
+    kernel: KernelIdentity,
+    reader: Callable[[MachO], TypeSource | None],
+) -> TypeSource | None:
+    """The types that the kernel's Mach-O carries; of a file remembered as those of others are."""
+    segment = "__DWARF" if reader is dwarf_in else "__CTF"
+    if path is None or all(section.segname != segment for section in image.sections):
+        return reader(image)
+
+    def read() -> Read:
+        found = reader(image)
+        if found is None:
+            raise NotFoundError("types", f"in {image.source.name}")
+        return Read(found, image.uuid)
+
+    file = FileSource(path)
+    try:
+        key = _key(file, kernel.arch, kernel.pointer_size)
+    finally:
+        file.close()
+    return _remembered(key and f"{key}{segment}", read).source
 
 
 def _known_dsym(uuid: bytes | None, kernel_path: Sequence[str] | None) -> Iterator[str]:

@@ -47,19 +47,22 @@ def read_types(held: list[Source], arch: str | None, pointer_size: int | None) -
     return _in_isf(source) if is_isf(source) else _in_wrapping(held, arch)
 
 
-def types_in(image: MachO) -> TypeSource | None:
-    """DWARF if the Mach-O has it, else CTF, else None. Raises `FormatError`."""
-    segments = {section.segname for section in image.sections}
-    found: TypeSource | None = None
-    if "__DWARF" in segments:
-        from kvmtool.types.dwarf import open_dwarf
+def dwarf_in(image: MachO) -> TypeSource | None:
+    """The DWARF that a Mach-O carries, if any. Raises `FormatError`."""
+    if not any(section.segname == "__DWARF" for section in image.sections):
+        return None
+    from kvmtool.types.dwarf import open_dwarf
 
-        found = open_dwarf(image)
-    if found is None and ("__CTF" in segments or image.warnings):
-        from kvmtool.types.ctf import ctf_of
+    return open_dwarf(image)
 
-        found = ctf_of(image)
-    return found
+
+def ctf_in(image: MachO) -> TypeSource | None:
+    """The CTF that a Mach-O carries, if any. Raises `FormatError`."""
+    if not image.warnings and not any(section.segname == "__CTF" for section in image.sections):
+        return None
+    from kvmtool.types.ctf import ctf_of
+
+    return ctf_of(image)
 
 
 def _in_wrapping(held: list[Source], arch: str | None) -> Read:
@@ -83,7 +86,7 @@ def _in_wrapping(held: list[Source], arch: str | None) -> Read:
 
 
 def _in_macho(image: MachO) -> Read:
-    found = types_in(image)
+    found = dwarf_in(image) or ctf_in(image)
     if found is None:
         hint = "it has neither DWARF nor CTF"
         raise NotFoundError("types", f"in {image.source.name}", hint=hint)

@@ -11,8 +11,21 @@ import sys
 import pytest
 
 from kvmtool.errors import FormatError
+from kvmtool.macho import MachO
+from kvmtool.source import FileSource
+from kvmtool.type_readers import ctf_in
 from kvmtool.types import layout_texts, layouts, variables
-from kvmtool.types.ctype import Array, Base, Compound, Opaque, Pointer, unqualified
+from kvmtool.types.ctype import (
+    Array,
+    Base,
+    Compound,
+    Enum,
+    Function,
+    Opaque,
+    Pointer,
+    Void,
+    unqualified,
+)
 from kvmtool.types.declare import declare
 from kvmtool.types.flatten import flatten
 from tests.inputs import ROOT, real
@@ -85,8 +98,6 @@ def test_what_a_process_walk_needs_is_typed(name):
 
 # Structures that are only in the debug kits' tables, and that other kernels cannot name.
 KITS_ONLY = {"PE_state", "lowGlo", "filehead"}
-# With the TAILQ of domains the pointer went: bsd/sys/domain.h, 10.9 on.
-GONE = {"localdomain"}
 
 
 @pytest.mark.parametrize("name", MAIN)
@@ -96,7 +107,7 @@ def test_variables(name):
         found = types.variable(variable)
         if found is None:
             lacking = {"default_pset", "pset0"} if not types.has("processor_set") else set()
-            assert variable in KITS_ONLY | GONE | lacking, variable
+            assert variable in KITS_ONLY | lacking, variable
             continue
         assert types.variable(f"_{variable}") is not None
         assert found.size is not None
@@ -217,6 +228,57 @@ def test_agrees_with_whole_type_descriptions(dump, name):
                 differing.append((tag, field.name, declare(field.type), wanted))
     assert not differing
     assert compared > 1000
+
+
+def plain(ctype):
+    """A type without the names of typedefs and of what functions take."""
+    found = unqualified(ctype)
+    if isinstance(found, Pointer):
+        return f"{plain(found.target)}*"
+    if isinstance(found, Array):
+        return f"{plain(found.target)}[{found.count}]"
+    if isinstance(found, (Base, Enum)):
+        form = "float" if isinstance(found, Base) and found.form == "float" else "int"
+        return f"{'' if found.signed else 'u'}{form}{found.size}"
+    return "void" if isinstance(found, (Function, Void)) else found.name
+
+
+@pytest.fixture(scope="module")
+def ctf():
+    """What a kernel of 10.9.5, built by others, says of itself."""
+    source = ctf_in(MachO(FileSource(real("machine/x86_64-xnu-2422.115.4.mach_kernel"))))
+    assert source is not None
+    return source
+
+
+def test_members_agree_with_a_kernels_own_ctf(ctf):
+    types = layouts.table("10.9.5 x86_64")
+    compared = 0
+    for tag in types.source._tags:
+        found = ctf.find("tag", tag)
+        if not isinstance(found, Compound) or not found.complete:
+            continue
+        theirs = {field.name: field.type for field in found.fields if field.bit_size is None}
+        for field in types.type(f"struct {tag}").fields:
+            if field.name in theirs and not isinstance(field.type, Opaque):
+                compared += 1
+                assert plain(field.type) == plain(theirs[field.name]), (tag, field.name)
+    assert compared > 2000
+
+
+def test_variables_agree_with_a_kernels_own_ctf(ctf):
+    types = layouts.table("10.9.5 x86_64")
+    compared = 0
+    for name in variables.known_variables():
+        theirs = ctf.variable(name)
+        if theirs is None or name == "cpu_data_ptr":  # cpu_data_t: a typedef of an unnamed one
+            continue
+        ours, theirs = types.variable(name), unqualified(theirs)
+        if isinstance(ours, Array) and ours.count is None:
+            ours, theirs = ours.target, theirs.target
+        assert plain(ours) == plain(theirs), name
+        compared += 1
+    assert compared > 75
 
 
 def test_the_resource_is_what_the_script_makes():

@@ -18,7 +18,7 @@ from kvmtool.errors import (
     NotFoundError,
 )
 from kvmtool.kernel_file import open_kernel
-from kvmtool.macho import arch_name
+from kvmtool.macho import LC_SYMTAB, LC_UUID, MH_DSYM, arch_name
 from kvmtool.type_files import KernelIdentity, find_types, open_types
 from kvmtool.types import layouts
 from kvmtool.types.chained import chain
@@ -189,6 +189,31 @@ def test_ctf_in_the_kernel_and_beside_it(tmp_path):
     alone = str(tmp_path / "mach_kernel")
     shutil.copy(real("types/x86_64-xnu-2422.115.4.ctfdata"), f"{alone}.ctfdata")
     assert find_types(None, alone, kernel).how.endswith("mach_kernel.ctfdata, beside the kernel")
+
+
+def as_dsym(path, uuid, out):
+    """An object file turned into a dSYM of that UUID, which takes the place of its LC_SYMTAB."""
+    with open(path, "rb") as source:
+        content = bytearray(source.read())
+    struct.pack_into("<I", content, 12, MH_DSYM)
+    image = open_kernel(path).image
+    command = next(image.commands(LC_SYMTAB))
+    struct.pack_into("<II16s", content, command.offset, LC_UUID, 24, uuid)
+    with open(out, "wb") as made:
+        made.write(content)
+
+
+def test_a_dsym_in_the_kernel_path_wins_over_ctf_inside(tmp_path):
+    """DWARF knows what CTF leaves out. The second time the folder's index is enough."""
+    image, kernel = identity(real(KERNEL))
+    as_dsym(real(OBJECT), image.uuid, tmp_path / "some file")
+    for _ in range(2):
+        found = find_types(image, real(KERNEL), kernel, [str(tmp_path)])
+        assert found.how == f"DWARF 2 of {tmp_path}/some file, found by the kernel's UUID"
+        assert TypeTable(found.source).size("proc") == 0x4A8
+        found.held[0].close()
+    other = kernel._replace(uuid=bytes(16))
+    assert "CTF" in find_types(image, real(KERNEL), other, [str(tmp_path)]).how
 
 
 def test_what_is_damaged_is_passed_over(tmp_path):

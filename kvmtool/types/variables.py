@@ -136,7 +136,7 @@ ifnet ifnethead
 in_ifaddrhead in_ifaddrhead
 domains domain* domain.dom_next
 domains domains_head
-localdomain domain* domain.dom_next
+localdomain domain*
 lo_ifp ifnet*
 # bsd/kern/tty_ptmx.c, bsd/kern/tty_pty.c
 pt_tty tty*[]
