@@ -10,14 +10,14 @@ from kvmtool.object import Object, Untyped
 from kvmtool.target import Target
 
 if TYPE_CHECKING:
-    from kvmtool.handle import Kvm
+    from kvmtool.handle_types import TypedHandle
     from kvmtool.types.model import TypeTable
 
 
 class Scope:
     """The variables, functions and types of `kvm`; types are looked for when they are needed."""
 
-    def __init__(self, kvm: Kvm) -> None:
+    def __init__(self, kvm: TypedHandle) -> None:
         self._kvm = kvm
         self._why = ""
 

@@ -81,7 +81,21 @@ LAYERS = (
         ),
     ),
     ("kernel objects", ("xnu",)),
-    ("handle", ("container", "handle", "scope", "evaluate", "kvm", "libkvm", "sample", "convert")),
+    (
+        "handle",
+        (
+            "container",
+            "handle_memory",
+            "handle_types",
+            "handle",
+            "scope",
+            "evaluate",
+            "kvm",
+            "libkvm",
+            "sample",
+            "convert",
+        ),
+    ),
     ("public names", ("",)),
     ("front ends", ("devices", "fuse", "cli", "__main__")),
 )
