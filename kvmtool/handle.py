@@ -5,6 +5,7 @@ All state is the handle's; handles share nothing.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from kvmtool.errors import (
@@ -38,7 +39,21 @@ class Kvm(TypedHandle):
     """
 
     def _kexts_in_memory(self) -> Iterator[Kext]:
-        """Those the kernel had loaded, with the symbols that lie in memory beside them."""
+        """Those the kernel had loaded, with symbols from memory or from files beside the kernel."""
+        from kvmtool.kext_search import with_files
+
+        file = self._parts.file
+        found = self._headers_in_memory()
+        if file is None:
+            yield from found
+            return
+        directory = os.path.dirname(os.path.abspath(file.path))
+        for kext in with_files(found, directory, self.arch.name, self._kernel_address):
+            if kext.path is not None and kext.image is not None:
+                self._sources = (*self._sources, kext.image.source)
+            yield kext
+
+    def _headers_in_memory(self) -> Iterator[Kext]:
         from kvmtool.kexts import from_memory
 
         for kext in self.loaded_kexts():
@@ -46,7 +61,9 @@ class Kvm(TypedHandle):
             if isinstance(name, str) and isinstance(kext.address, int) and kext.address:
                 size = kext.size if isinstance(kext.size, int) else 0
                 told = version if isinstance(version, str) else None
-                yield from_memory(self.memory, name, told, kext.address, size)
+                found = from_memory(self.memory, name, told, kext.address, size)
+                said = kext.uuid if isinstance(kext.uuid, bytes) else None
+                yield found._replace(uuid=found.uuid or said)
 
     def loaded_kexts(self, report: Report | None = None) -> list[KextInfo]:
         """What kextstat lists of a dump; none of a kernel file, or without types for its machine.

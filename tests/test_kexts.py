@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from click.testing import CliRunner
@@ -124,3 +125,25 @@ def test_a_torn_list_says_where():
     assert len(names) == len(truth(dump)["kexts"]) + 1
     assert [name for name in names if isinstance(name, Unreadable)] == [names[2]]
     assert any(stop.startswith("kmod: stopped after 3 elements") for stop in report.stops)
+
+
+@pytest.mark.parametrize("dump", DUMPS)
+def test_a_kext_s_file_beside_the_kernel_gives_its_symbols(dump, tmp_path):
+    """Found by UUID, or by identifier and version where one of the two has no UUID."""
+    for name in ("mach_kernel", "KernelMemoryAccess"):
+        shutil.copy(real(f"dumps/{dump}/{name}"), tmp_path / name)
+    (tmp_path / "not a kext").write_bytes(b"\xcf\xfa\xed\xfe damaged")
+    planted = truth(dump)["cdevsw"]["kext_symbols"]
+    with kvmtool.open(str(tmp_path / "mach_kernel"), plain_core(dump)) as kvm:
+        for name, address in planted.items():
+            assert str(kvm.code_at(address)) == f"{ARTICLE}:{name}"
+            assert kvm.lookup(f"KernelMemoryAccess:{name}").address == address
+
+
+def test_another_kext_s_file_is_left_alone(tmp_path):
+    """10.13.6's build of the article's kext lies beside 10.8.5's kernel."""
+    shutil.copy(real("dumps/x86_64-10.8.5/mach_kernel"), tmp_path / "mach_kernel")
+    shutil.copy(real("dumps/x86_64-10.13.6/KernelMemoryAccess"), tmp_path / "KernelMemoryAccess")
+    planted = truth("x86_64-10.8.5")["cdevsw"]["kext_symbols"]
+    with kvmtool.open(str(tmp_path / "mach_kernel"), plain_core("x86_64-10.8.5")) as kvm:
+        assert kvm.code_at(planted["_my_mmread"]).symbol is None

@@ -66,7 +66,7 @@ LAYERS = (
     (
         "names",
         (
-            *("symbols", "kext_file", "kexts", "boot", "kernel_file"),
+            *("symbols", "kext_file", "kexts", "kext_search", "boot", "kernel_file"),
             *("way_base", "way_in", "way_judge", "way_memo", "way_places", "way_roots", "way_scan"),
             *("kernel_index", "kernel_search", "physmap"),
         ),
