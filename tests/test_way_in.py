@@ -619,7 +619,7 @@ def test_what_is_not_raw_stays_where_it_is():
 
 
 def test_where_memory_begins_is_remembered():
-    here = far(ttep=False)
+    here = far(ttep=False, uuid=UUID[::-1])  # samples of memory and the UUID are what it goes by
     passes: list[int] = []
 
     def progress(done: int, total: int) -> None:
