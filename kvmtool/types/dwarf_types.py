@@ -24,12 +24,13 @@ from kvmtool.types.ctype import (
     Void,
     unqualified,
 )
+from kvmtool.types.dwarf_declared import DeclaredCompound
 from kvmtool.types.dwarf_fields import SIZE_LIMIT, fields
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from kvmtool.types.ctype import CType, Field
+    from kvmtool.types.ctype import CType
     from kvmtool.types.dwarf_dies import DebugInfo, Die
 
 _COMPOUNDS = {
@@ -59,40 +60,6 @@ _ENCODINGS = {
 _UNNAMED = {1: "char", 2: "short", 4: "int", 8: "long long", 16: "__int128"}
 _BASE_LIMIT = 64
 _CHAIN_LIMIT = 8  # of DW_AT_specification and DW_AT_abstract_origin
-
-
-class DeclaredCompound(Compound):
-    """ "struct proc;" in one unit: the definition is looked for elsewhere when it is needed."""
-
-    __slots__ = ("_define", "_found")
-
-    def __init__(self, kind: str, tag: str | None, define: Callable[[], CType | None]) -> None:
-        super().__init__(kind, tag, None)
-        self._define = define
-        self._found: Compound | None = None
-
-    def _definition(self) -> Compound:
-        if self._found is None:
-            found = self._define()
-            if not isinstance(found, Compound) or isinstance(found, DeclaredCompound):
-                found = Compound(self.kind, self.tag, None)
-            self._found = found
-        return self._found
-
-    @property
-    def size(self) -> int | None:
-        """The definition's; None where there is none. Raises what the reader raises."""
-        return self._definition().size
-
-    @property
-    def fields(self) -> Sequence[Field]:
-        """The definition's members."""
-        return self._definition().fields
-
-    @property
-    def complete(self) -> bool:
-        """Whether there is a definition."""
-        return self._definition().complete
 
 
 class TypeMaker:
@@ -325,4 +292,4 @@ class TypeMaker:
         inner = unqualified(self.type_of(die))
         if not isinstance(inner, Pointer):
             return self.type_of(die)
-        return Pointer(inner._target, inner.size, word)
+        return Pointer(lambda: inner.target, inner.size, word)
