@@ -301,3 +301,31 @@ def alike(found, value):
     if isinstance(found, bytes):
         return found.split(b"\0")[0].decode() == value
     return found == (int(value, 16) if isinstance(value, str) else value)
+
+
+@pytest.mark.parametrize("tag", ["proc", "task", "vnode", "ucred"])
+def test_objects_and_construct_read_the_same(tag):
+    """Two ways from bytes to values: member by member from memory, and whole by construct."""
+    kernel, core = "machine/x86_64-xnu-2422.115.4.mach_kernel", "machine/live.elfcore"
+    types = real("types/x86_64-xnu-2422.115.4.ctfdata")
+    starts = {"proc": "kernproc", "task": "kernel_task", "vnode": "rootvnode"}
+    with open_kvm(real(kernel), real(core), types=types) as kvm:
+        if tag == "ucred":
+            found = kvm["kernproc"].p_ucred.deref()
+        else:
+            found = kvm[starts[tag]].cast(f"struct {tag} *").deref()
+        whole = kvm.types.construct(tag).parse(kvm.read(found.address, found.size))
+        compared = same_values(whole, found.value(), tag)
+    assert compared > 15
+
+
+def same_values(whole, value, path):
+    """Compare what is in both; how many numbers and texts there were."""
+    if isinstance(value, dict):
+        assert set(value) == {name for name in whole if not name.startswith("_")}, path
+        return sum(same_values(whole[name], value[name], f"{path}.{name}") for name in value)
+    if isinstance(value, list):
+        assert len(whole) == len(value), path
+        return sum(map(same_values, whole, value, [path] * len(value)))
+    assert whole == value or int(whole) == value, path
+    return 1

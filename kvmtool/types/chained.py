@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvmtool.types.ctype import Compound, Enum, Typedef
+from kvmtool.types.ctype import Array, Compound, Enum, Pointer, Typedef
 from kvmtool.types.model import TypeTable
 
 if TYPE_CHECKING:
@@ -42,9 +42,27 @@ class Chained:
         return dict.fromkeys((*self.first.names(kind), *self.then.names(kind)))
 
     def variable(self, name: str) -> CType | None:
-        """See `TypeSource.variable`."""
+        """See `TypeSource.variable`; one that only `then` knows leads to the first's structures."""
         found = self.first.variable(name)
-        return self.then.variable(name) if found is None else found
+        if found is not None:
+            return found
+        other = self.then.variable(name)
+        return None if other is None else self._ours(other)
+
+    def _ours(self, ctype: CType) -> CType:
+        """`ctype` of `then`, leading to the types that `find` finds by the same names."""
+        if isinstance(ctype, Pointer):
+            return Pointer(lambda: self._ours(ctype.target), ctype.size, ctype.ptrauth)
+        if isinstance(ctype, Array):
+            return Array(lambda: self._ours(ctype.target), ctype.count)
+        if isinstance(ctype, (Compound, Enum)) and ctype.tag:
+            return self.find("tag", ctype.tag) or ctype
+        if isinstance(ctype, Compound):
+            fields = [field._replace(type=self._ours(field.type)) for field in ctype.fields]
+            return Compound(ctype.kind, None, ctype.size, fields)
+        if isinstance(ctype, Typedef):
+            return self.find("typedef", ctype.name) or ctype
+        return ctype
 
 
 def _declared(ctype: CType) -> bool:
