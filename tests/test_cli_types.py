@@ -140,7 +140,7 @@ def test_members_that_moved_together_take_one_line():
     result = run("type", "proc", "--layout", OLD, "--diff", NEW)
     assert "p_mlock ... p_uuid" in result.stdout
     assert "members by +0x8" in result.stdout
-    assert f"from {OLD} (" in result.stderr
+    assert f"from {OLD}: " in result.stderr
     back = run("type", "proc", "--layout", NEW, "--diff", OLD)
     assert "members by -0x8" in back.stdout
 

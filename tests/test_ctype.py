@@ -7,6 +7,7 @@ import itertools
 import pytest
 
 from kvmtool.errors import KvmError, NotFoundError
+from kvmtool.types.chained import chain, origin_of
 from kvmtool.types.ctype import (
     Array,
     Base,
@@ -237,6 +238,35 @@ def test_names_without_end():
 def test_variables_with_and_without_their_underscore():
     assert TABLE.variable("_nprocs") is TABLE.variable("nprocs") is INT
     assert TABLE.variable("nproc") is None
+
+
+# two sources as one
+
+
+def test_what_the_first_lacks_the_second_answers():
+    old = Compound("struct", "proc", 12, [Field("p_pid", INT, 8)])
+    task = Compound("struct", "task", 8, [Field("bsd_info", Pointer(old, 8), 0)])
+    head = Compound("struct", None, 8, [Field("lh_first", Pointer(old, 8), 0)])
+    below = Source({"proc": old, "task": task})
+    below.variable = {
+        "kernproc": Pointer(old, 8),
+        "allproc": head,
+        "table": Array(Pointer(task, 8), 2),
+        "nprocs": UINT,
+    }.get
+    below.name = "below"
+    above = Source({"proc": PROC, "task": Compound("struct", "task", None)})
+    table = chain(above, TypeTable(below))
+    assert table.type("proc") is PROC
+    assert table.type("task") is task
+    assert table.size("proc") == 8
+    assert table.variable("nprocs") is INT  # the first knows it
+    assert table.variable("kernproc").target is PROC
+    assert table.variable("allproc").fields[0].type.target is PROC
+    assert table.variable("table").target.target is task
+    assert table.variable("nothing") is None
+    assert origin_of(table.source, PROC) == "made here: a test"
+    assert origin_of(table.source, task) == "below: a test"
 
 
 # flattened

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvmtool.cli import say
 from kvmtool.cli.render import Column, render
+from kvmtool.types.chained import origin_of
 from kvmtool.types.compare import compare, compare_values, meanings_differ
 from kvmtool.types.ctype import Compound, CType, Enum, unqualified
 from kvmtool.types.declare import declare
@@ -42,7 +43,8 @@ def show_diff(
     NotFoundError("type") when `other` lacks it.
     """
     table, ctype = ours
-    before, after = unqualified(ctype), unqualified(other.type(name))
+    sides = (table, ctype), (other, other.type(name))
+    before, after = (unqualified(one) for _, one in sides)
     rows, columns, shown = [_whole(name, before, after)], COLUMNS, SHOWN
     if isinstance(before, Compound) and isinstance(after, Compound):
         for path, kinds, was, now in compare(before, after, expand):
@@ -53,7 +55,8 @@ def show_diff(
             dict(zip(("name", "change", "value", "value_other"), c, strict=True)) for c in changes
         ]
         columns, shown = VALUES, VALUES_SHOWN
-    say(f"from {table.name} ({table.origin}) to {other.name} ({other.origin})")
+    first, second = (origin_of(types.source, one) for types, one in sides)
+    say(f"from {first} to {second}")
     if not any(row["change"] for row in rows):
         say(f"{name} is alike in both")
     if format == "table":

@@ -89,4 +89,5 @@ def origin_of(source: TypeSource, ctype: CType) -> str:
             found = source.first.find(kind, ctype.name)
             known = found is not None and (not _declared(found) or ctype.size is None)
         source = source.first if known else source.then
-    return f"{source.name}: {source.origin}"
+    # readers of files name the file in both
+    return source.origin if source.name in source.origin else f"{source.name}: {source.origin}"
