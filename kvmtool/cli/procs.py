@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvmtool.cli.listing import Listing, listing_options, opened
-from kvmtool.cli.render import Column
+from kvmtool.cli.render import Column, Named
 from kvmtool.unreadable import Unreadable
 
 if TYPE_CHECKING:
@@ -30,6 +30,18 @@ def _short_time(iso: str) -> str:
     return iso[:19].replace("T", " ")
 
 
+def _minutes(time: int) -> str:
+    # ps's M:SS.hh; the number itself is in nanoseconds
+    seconds, rest = divmod(time, 1_000_000_000)
+    return f"{seconds // 60}:{seconds % 60:02d}.{rest // 10_000_000:02d}"
+
+
+def _kilobytes(size: int) -> str:
+    return str(size >> 10)
+
+
+# What is found through a process's task, map and vnode: read only when it is asked for.
+_USED = ("time", "utime", "stime", "vsize", "rss", "wchan", "csflags", "text")
 # What a process was started with, from its own memory: read only when it is asked for.
 _STARTED = ("path", "args", "env", "apple")
 COLUMNS = (
@@ -62,6 +74,14 @@ COLUMNS = (
     Column("comm", "COMM"),
     Column("name", "NAME"),
     Column("command", "COMMAND"),
+    Column("time", "TIME", "number", _minutes),
+    Column("utime", "USER", "number", _minutes),
+    Column("stime", "SYSTEM", "number", _minutes),
+    Column("vsize", "VSZ", "number", _kilobytes),
+    Column("rss", "RSS", "number", _kilobytes),
+    Column("wchan", "WCHAN"),
+    Column("csflags", "CSFLAGS", "address"),
+    Column("text", "TEXT"),
     Column("path", "PATH"),
     Column("args", "ARGS", "list"),
     Column("env", "ENVIRONMENT", "list"),
@@ -79,9 +99,11 @@ LISTING = Listing(
     "processes",
     COLUMNS,
     ("pid", "ppid", "pgid", "uid", "login", "tty", "state", "start", "command"),
-    _STARTED,
+    (*_USED, *_STARTED),
 )
-_STORED = tuple(c.name for c in COLUMNS if c.name not in ("start_raw", "command", *_STARTED))
+_STORED = tuple(
+    c.name for c in COLUMNS if c.name not in ("start_raw", "command", *_USED, *_STARTED)
+)
 
 
 def row_of(proc: Proc) -> dict[str, Any]:
@@ -166,6 +188,46 @@ def _pid_key(proc: Proc) -> tuple[int, int]:
     return (proc.pid if isinstance(proc.pid, int) else 1 << 32, proc.address)
 
 
+class _Used:
+    """The columns of what processes use."""
+
+    def __init__(self, kvm: Kvm) -> None:
+        from kvmtool.xnu.usage import UsageReader
+        from kvmtool.xnu.vnode import VnodeReader
+
+        target = kvm.verified_target()
+        self._kvm, self._reader, self._vnodes = kvm, UsageReader(target), VnodeReader(target)
+
+    def row(self, proc: Proc) -> dict[str, Any]:
+        """The cells of one process."""
+        found = self._reader.read(proc)
+        both = (found.utime, found.stime)
+        odd = next((time for time in both if not isinstance(time, int)), None)
+        whole = all(isinstance(time, int) for time in both)
+        return {
+            "time": sum(both) if whole else odd,
+            "utime": found.utime,
+            "stime": found.stime,
+            "vsize": found.vsize,
+            "rss": found.rss,
+            "wchan": self._event(found.wait_event),
+            "csflags": found.csflags,
+            "text": self._path(found.textvp),
+        }
+
+    def _event(self, event: Any) -> Any:
+        """The symbol of what is waited for; the address where it is on the heap."""
+        if not isinstance(event, int) or not event:
+            return event if isinstance(event, Unreadable) else None
+        code = self._kvm.symbol_at(event)
+        return Named(event, f"{event:#x}" if code is None else str(code))
+
+    def _path(self, vnode: Any) -> Any:
+        if not isinstance(vnode, int) or not vnode:
+            return vnode if isinstance(vnode, Unreadable) else None
+        return self._vnodes.path(vnode)
+
+
 def started(kvm: Kvm, proc: Proc) -> dict[str, Any]:
     """What a process was started with, as text: path, args, env, apple."""
     found = kvm.arguments(proc)
@@ -187,9 +249,11 @@ def _rows(
     kvm: Kvm, procs: Iterable[Proc], tree: bool, wanted: set[str]
 ) -> Iterator[dict[str, Any]]:
     """A row a process; what costs more to find only if it is `wanted`."""
+    used = _Used(kvm) if wanted.intersection(_USED) else None
     marked = _as_tree(list(procs)) if tree else ((proc, "") for proc in procs)
     for proc, mark in marked:
         row = row_of(proc)
+        row |= used.row(proc) if used is not None else {}
         row |= started(kvm, proc) if wanted.intersection(_STARTED) else {}
         if isinstance(row["command"], str):
             row["command"] = mark + row["command"]

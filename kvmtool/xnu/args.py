@@ -134,9 +134,11 @@ def parse(data: bytes, argc: int, width: int, torn: Unreadable | None = None) ->
     env = strings.until_gap()
     if strings.torn:
         return Arguments(path, argv, env, torn)
+    apple = strings.until_gap()
+    if apple:
+        return Arguments(path, argv, env, apple)
     told = next((n for n, text in enumerate(env) if _is_apple(text)), len(env))
-    apple = env[told:] or strings.until_gap()
-    return Arguments(path, argv, env[:told], apple)
+    return Arguments(path, argv, env[:told], env[told:])
 
 
 def _is_apple(text: Any) -> bool:
