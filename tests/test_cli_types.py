@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -16,7 +17,8 @@ from inputs import ROOT, real
 
 from kvmtool.cli import cli
 from kvmtool.types import layouts
-from kvmtool.types.ctype import Opaque
+from kvmtool.types.ctype import Base, Opaque, Typedef
+from kvmtool.types.model import TypeTable
 
 OLD, NEW = "10.8.5 x86_64", "10.9.5 x86_64"
 NOTHING = {"KVMTOOL_KERNEL": "", "KVMTOOL_CORE": "", "KVMTOOL_TYPES": ""}
@@ -345,6 +347,23 @@ def test_damaged_types_are_one_line(tmp_path):
     assert result.stderr.startswith("kvmtool: ")
     assert str(tmp_path / "types.ctf") in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_type_that_cannot_be_read_costs_only_itself(monkeypatch):
+    loop = Typedef("loop_t", lambda: loop)
+    found = {"fine_t": Typedef("fine_t", Base("int", 4)), "loop_t": loop}
+    source = SimpleNamespace(
+        name="made",
+        origin="here",
+        names=lambda kind: found if kind == "typedef" else (),
+        find=lambda kind, name: found.get(name),
+    )
+    monkeypatch.setattr("kvmtool.cli.types.types_of", lambda where: TypeTable(source))
+    result = run("types", "--format", "jsonl", status=3)
+    fine, damaged = map(json.loads, result.stdout.splitlines())
+    assert fine == {"kind": "typedef", "size": 4, "name": "fine_t", "type": "int"}
+    assert "more than 64 typedefs" in damaged["size"]["unreadable"]
+    assert result.stderr == "kvmtool: 1 type could not be read\n"
 
 
 # start-up

@@ -9,10 +9,12 @@ import subprocess
 
 import pytest
 from builders.c_types import CLANG, Program
+from inputs import real
 
 from kvmtool.cli.declaration import declaration
 from kvmtool.errors import KvmError
 from kvmtool.type_files import open_types
+from kvmtool.types.compare import compare
 from kvmtool.types.ctype import (
     Array,
     Base,
@@ -325,3 +327,36 @@ def test_a_nest_that_doubles():
         outline(inner)
     with pytest.raises(KvmError, match="at most 65536 members at offset"):
         places(inner, 7)
+
+
+@pytest.mark.parametrize(
+    "name", ["ppc-xnu-792.25.20-kern_proc.o", "x86_64-xnu-2422.115.4-kern_proc.o"]
+)
+def test_damaged_dwarf_is_shown_or_refused(name, tmp_path):
+    """Of every damaged structure either all is shown, or one line says what is wrong."""
+    with open(real(f"objects/{name}"), "rb") as whole:
+        intact = whole.read()
+    path, outcomes = str(tmp_path / "damaged.o"), set()
+    for seed in range(40):
+        rng, data = random.Random(seed), bytearray(intact)
+        for _ in range(rng.choice([1, 5, 50, 400])):
+            data[rng.randrange(0x1000, len(data))] = rng.randrange(256)
+        with open(path, "wb") as out:
+            out.write(data)
+        outcomes |= set(shown_or_refused(path))
+    assert outcomes == {"shown", "refused"}
+
+
+def shown_or_refused(path):
+    for tag in ("proc", "pgrp", "session", "ucred"):
+        try:
+            table = TypeTable(open_types(path).source)
+            ctype = table.type(f"struct {tag}")
+            list(declaration(ctype, expand=True))
+            if ctype.size:
+                places(ctype, ctype.size - 1)
+                compare(ctype, ctype)
+                table.construct(tag)
+            yield "shown"
+        except KvmError:
+            yield "refused"

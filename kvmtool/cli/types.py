@@ -215,7 +215,7 @@ def types(pattern: str | None, kind: tuple[str, ...], format: str, where: Where)
     )
     render(counted(), columns, format)
     if damaged:
-        say(f"{damaged} types could not be read")
+        say(f"{damaged} type{'' if damaged == 1 else 's'} could not be read")
         click.get_current_context().exit(PARTIAL)
 
 
