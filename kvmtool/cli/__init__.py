@@ -43,6 +43,7 @@ COMMANDS = {
     "syscalls": ("syscalls", "The system calls and Mach traps, and what answers them."),
     "symbol": ("images", "What lies at an address: name+offset [kext]."),
     "symbols": ("symbols", "List symbols, as nm does."),
+    "threads": ("threads", "List the threads: state, what each waits for, where it goes on."),
     "type": ("types", "A type's declaration, with the place of every member."),
     "types": ("types", "List the structures, unions, enums and typedefs."),
     "vtop": ("space", "How an address is translated to a physical one."),

@@ -113,14 +113,14 @@ class TaskReader:
             seen.add(thread)
             fields = self._thread.read(thread)
             if isinstance(fields["state"], int):
-                letters.add(_letter(fields["state"]))
+                letters.add(letter(fields["state"]))
             if isinstance(fields["next"], Unreadable):
                 return letters, fields["next"]
             thread = fields["next"]
         return letters, len(seen)
 
 
-def _letter(state: int) -> str:
+def letter(state: int) -> str:
     """thread_info_internal()'s run state as ps shows it."""
     if state & TH_TERMINATE:
         return "H"
