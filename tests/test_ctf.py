@@ -12,6 +12,8 @@ from kvmtool.errors import FormatError, KvmWarning, MismatchError, TruncatedErro
 from kvmtool.macho import MachO
 from kvmtool.source import BytesSource, FileSource
 from kvmtool.types.ctf import ctf_of, is_ctf, open_ctf
+from kvmtool.types.ctf_format import CtfBody
+from kvmtool.types.ctf_index import NameIndex
 from kvmtool.types.ctf_variables import External
 from kvmtool.types.ctype import (
     Base,
@@ -283,6 +285,24 @@ def test_a_kernels_ctf_by_itself() -> None:
     assert len(types) == 14660
     assert {tag: table.size(tag) for tag in README} == README
     assert types.variable("allproc") is None  # there are no symbols in it
+
+
+def test_one_name_and_all_names_find_the_same() -> None:
+    source = FileSource(real(KERNEL_CTF))
+    body = CtfBody(source, 0, source.size)
+    records = body.records()
+    every = NameIndex(body, *records)
+    for number in range(100):  # after some it knows them all
+        every.find("tag", f"n{number}")
+    for kind in ("tag", "typedef", "base"):
+        names = list(every.names(kind))
+        assert len(names) > 10
+        one = NameIndex(body, *records)
+        for name in names[:: max(1, len(names) // 60)][:60]:
+            alone = one.find(kind, name)
+            assert alone is not None
+            assert alone == every.find(kind, name)
+        assert one.find(kind, "nosuch") is None
 
 
 def test_a_kernels_variables() -> None:

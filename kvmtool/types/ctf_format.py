@@ -26,10 +26,12 @@ _COMPRESSED = 1
 BODY_LIMIT = 64 << 20  # inflated; a kernel's is some MiB
 _TYPES_LIMIT = 1 << 20
 _NAME_LIMIT = 4096
+_SAME_STRINGS = 16
 _HEADER = {order: Struct(order + "HBB8I") for order in "<>"}
 
 (UNKNOWN, INTEGER, FLOAT, POINTER, ARRAY, FUNCTION, STRUCT, UNION, ENUM) = range(9)
 (FORWARD, TYPEDEF, VOLATILE, CONST, RESTRICT, PTRAUTH) = range(9, 15)
+_UNCOUNTED = frozenset(range(PTRAUTH + 1)) - {FUNCTION, STRUCT, UNION, ENUM}
 MAX_VLEN = 0x3FF
 LARGE_STRUCT = 8192  # from this size on a member's offset takes 64 bits
 
@@ -89,8 +91,10 @@ class CtfBody:
         self._check_order()
         self.data = self._read(source, size - HEADER_SIZE)
         self._head = Struct(self.byteorder + ("III" if self.wide else "IHH"))
+        self._word = Struct(self.byteorder + "I")
         self._large = Struct(self.byteorder + "II")
         self._sentinel = 0xFFFFFFFF if self.wide else 0xFFFF
+        self._info_at = 1 if self.wide else 2  # in units of a type's number
 
     def bad(self, offset: int, message: str) -> FormatError:
         """The error for what is wrong at `offset` of the body."""
@@ -132,12 +136,7 @@ class CtfBody:
             size, tail = high << 32 | low, tail + 8
         return Record(name, info >> 11 & 31, bool(info & 0x400), info & MAX_VLEN, size, tail)
 
-    def name_and_vlen(self, at: int) -> tuple[int, int]:
-        """The name and the count of the type at body offset `at`: `record` without the rest."""
-        name, info, _ = self._head.unpack_from(self.data, at)
-        return name, info & MAX_VLEN
-
-    def records(self) -> tuple[array[int], array[int]]:
+    def records(self) -> tuple[array[int], bytes]:
         """Body offset and kind of every type, in order; every record lies before the strings."""
         unit, code = (4, "I") if self.wide else (2, "H")
         start, end = self.header.typeoff, self.header.stroff
@@ -146,24 +145,45 @@ class CtfBody:
         words = array(code, self.data[start:end])
         if (self.byteorder == "<") != (sys.byteorder == "little"):
             words.byteswap()
-        offsets, kinds = array("I"), bytearray()
-        info_at, size_at, head = (1, 2, 3) if self.wide else (2, 3, 4)
-        at, count = 0, len(words)
-        while at < count:
-            offsets.append(start + at * unit)
-            if at + head > count or len(kinds) >= _TYPES_LIMIT:
-                raise self.bad(start + at * unit, self._too_many(len(kinds)))
-            info = words[at + info_at]
-            kinds.append(info >> 11 & 31)
-            at += head + self._length(info, words[at + size_at], words, at + head) // unit
-        if at != count:
-            raise self.bad(offsets[-1], f"type {len(kinds)} goes beyond the last type's end")
-        return offsets, array("B", kinds)
+        places = self._places(words)
+        kinds = bytes([words[place + self._info_at] >> 11 & 31 for place in places])
+        return array("I", [start + place * unit for place in places]), kinds
 
-    def _too_many(self, seen: int) -> str:
+    def _places(self, words: array[int]) -> array[int]:
+        """Where in `words` each type begins. One round a type: what is common is done in line."""
+        unit, head, info_at = words.itemsize, self._info_at + 2, self._info_at
+        plain = [
+            head + _TAIL[self.wide].get(kind, 0) // unit if kind in _UNCOUNTED else 0
+            for kind in range(32)
+        ]
+        member, large = (12 if self.wide else 8) // unit, min(self._sentinel, LARGE_STRUCT)
+        places = array("I")
+        at, count = 0, len(words)
+        for _ in range(_TYPES_LIMIT):
+            if at >= count - head:
+                break
+            places.append(at)
+            info, size = words[at + info_at], words[at + info_at + 1]
+            kind = info >> 11 & 31
+            if size != self._sentinel and plain[kind]:
+                at += plain[kind]
+            elif size < large and kind in (STRUCT, UNION):
+                at += head + (info & MAX_VLEN) * member
+            else:
+                at += head + self._length(info, size, words, at + head) // unit
+        if at == count - head:  # the last type may have nothing behind its head
+            places.append(at)
+            info, size = words[at + info_at], words[at + info_at + 1]
+            at += head + self._length(info, size, words, at + head) // unit
+        if at != count:
+            raise self.bad(self.header.typeoff + at * unit, self._no_end(len(places), at > count))
+        return places
+
+    def _no_end(self, seen: int, beyond: bool) -> str:
         if seen >= _TYPES_LIMIT:
             return f"expected at most {_TYPES_LIMIT:#x} types"
-        return f"type {seen + 1}'s head goes beyond the last type's end"
+        what = f"type {seen}" if beyond else f"type {seen + 1}'s head"
+        return f"{what} goes beyond the last type's end"
 
     def _length(self, info: int, size: int, words: array[int], at: int) -> int:
         """Bytes that follow the short head of a type; `at` is their place in `words`."""
@@ -191,6 +211,28 @@ class CtfBody:
             return LARGE_STRUCT
         high, low = self._large.unpack_from(self.data, offset)
         return int(high) << 32 | int(low)
+
+    def names(self, offsets: array[int]) -> list[int]:
+        """The place in the string table of the name of each type at these body offsets."""
+        words = memoryview(self.data)[: self.header.stroff].cast("I").tolist()
+        if (self.byteorder == "<") != (sys.byteorder == "little"):
+            return [self._word.unpack_from(self.data, at)[0] for at in offsets]
+        return [words[at >> 2] for at in offsets]
+
+    def places_of(self, name: str) -> list[int]:
+        """Where a string of the table is `name`, a few at most."""
+        needle = b"\0" + name.encode("utf-8", "replace") + b"\0"
+        found: list[int] = []
+        start = self.header.stroff
+        at = self.data.find(needle, start)
+        while at >= 0 and len(found) < _SAME_STRINGS:
+            found.append(at + 1 - start)
+            at = self.data.find(needle, at + 1)
+        return found
+
+    def count(self, at: int) -> int:
+        """What the type at body offset `at` counts: members, values, parameters."""
+        return int(self._head.unpack_from(self.data, at)[1]) & MAX_VLEN
 
     def string(self, name: int) -> str:
         """The name at `name` of the string table; "" where it is in the kernel's own table."""

@@ -1,67 +1,115 @@
-"""The names in CTF: one pass over all types, for the first question by name."""
+"""The names in CTF: one is found by its string, all of them in one pass over the types.
+
+Of several types of one name the first counts; of structures the one with most members, since a
+source file that knows less of a structure than others gets a record of its own; of numbers one
+that is no bit-field.
+"""
 
 from __future__ import annotations
 
+from functools import cached_property
 from struct import Struct
 from typing import TYPE_CHECKING
 
 from kvmtool.types import ctf_format as ctf
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from array import array
+    from collections.abc import Iterable
 
     from kvmtool.types.ctf_format import CtfBody
 
-_KINDS_OF_NAMES = {
-    **dict.fromkeys((ctf.INTEGER, ctf.FLOAT), "base"),
-    **dict.fromkeys((ctf.STRUCT, ctf.UNION, ctf.ENUM, ctf.FORWARD), "tag"),
-    ctf.TYPEDEF: "typedef",
+_KINDS = {
+    "tag": frozenset((ctf.STRUCT, ctf.UNION, ctf.ENUM, ctf.FORWARD)),
+    "typedef": frozenset((ctf.TYPEDEF,)),
+    "base": frozenset((ctf.INTEGER, ctf.FLOAT)),
 }
+_FEW = 64  # names asked for one by one; then the pass over all is worth it
 
 
-def index_names(
-    body: CtfBody, offsets: Sequence[int], kinds: Sequence[int]
-) -> dict[str, dict[str, int]]:
-    """Places of the types (from 0) by the kind of their names ("tag", ...), then by name.
+class NameIndex:
+    """Places of types (from 0) by the kind of their names ("tag", ...) and by name."""
 
-    Of several types of one name the first counts; of structures the one with most members, since
-    a source file that knows less of a structure than others gets a record of its own; of numbers
-    one that is no bit-field. Raises `FormatError` for names that cannot be read.
-    """
-    index: dict[str, dict[str, int]] = {"tag": {}, "typedef": {}, "base": {}}
-    weights: dict[str, int] = {}
-    strings: dict[int, str] = {0: ""}
-    room = 4 * body.header.strlen + 0x10000
-    for place, kind in enumerate(kinds):
-        which = _KINDS_OF_NAMES.get(kind)
-        if which is None:
-            continue
-        at = offsets[place]
-        word, vlen = body.name_and_vlen(at)
-        name = strings.get(word)
-        if name is None:
-            name = strings[word] = body.string(word)
-            room -= len(name)
-            if room < 0:
-                raise body.bad(at, "names overlap each other without end")
-        if which == "tag":
-            weight = -1 if kind == ctf.FORWARD else vlen
-            if weight <= weights.get(name, -2):
+    def __init__(self, body: CtfBody, offsets: array[int], kinds: bytes) -> None:
+        self._body, self._offsets, self._kinds = body, offsets, kinds
+        self._words = body.names(offsets)
+        self._found: dict[tuple[str, str], int | None] = {}
+
+    def find(self, kind: str, name: str) -> int | None:
+        """The place of that type; None if there is none.
+
+        Raises `FormatError` where names cannot be read.
+        """
+        if kind not in _KINDS or not name:
+            return None
+        if len(self._found) > _FEW:
+            return self._all[kind].get(name)
+        key = kind, name
+        if key not in self._found:
+            words = self._body.places_of(name)
+            places = [place for word in words for place in self._with(word)]
+            best = self._best(kind, sorted(places))
+            if best is None and (words or not name.isidentifier()):
+                best = self._all[kind].get(name)  # a string used otherwise, or one shown escaped
+            self._found[key] = best
+        return self._found[key]
+
+    def names(self, kind: str) -> Iterable[str]:
+        """All names of that kind. Raises as `find`."""
+        return self._all.get(kind, {})
+
+    def _with(self, word: int) -> Iterable[int]:
+        """The places of the types whose name stands at `word` of the string table."""
+        at = -1
+        for _ in range(self._words.count(word)):
+            at = self._words.index(word, at + 1)
+            yield at
+
+    def _best(self, kind: str, places: Iterable[int]) -> int | None:
+        """Which of `places`, types of one name in order, is meant by it."""
+        best, most = None, -2
+        for place in places:
+            weight = self._weight(kind, place)
+            if weight is not None and weight > most:
+                best, most = place, weight
+        return best
+
+    def _weight(self, kind: str, place: int) -> int | None:
+        """How much the type counts among those of its name; None if it is not of that kind."""
+        found = self._kinds[place]
+        if found not in _KINDS[kind]:
+            return None
+        if kind == "tag":
+            return -1 if found == ctf.FORWARD else self._body.count(self._offsets[place])
+        return None if found == ctf.INTEGER and self._narrow(self._offsets[place]) else 0
+
+    def _narrow(self, at: int) -> bool:
+        """Whether the number at body offset `at` is the type of bit-fields only."""
+        record = self._body.record(at)
+        (word,) = Struct(self._body.byteorder + "I").unpack_from(self._body.data, record.tail)
+        return int(word) & 0xFFFF < record.size * 8
+
+    @cached_property
+    def _all(self) -> dict[str, dict[str, int]]:
+        strings = {0: ""}
+        room = 4 * self._body.header.strlen + 0x10000
+        groups: dict[str, dict[str, list[int]]] = {kind: {} for kind in _KINDS}
+        wanted = {number: kind for kind, numbers in _KINDS.items() for number in numbers}
+        for place, (number, word) in enumerate(zip(self._kinds, self._words, strict=True)):
+            kind = wanted.get(number)
+            if kind is None:
                 continue
-            weights[name] = weight
-        elif name in index[which] or (which == "base" and narrow(body, at) is not None):
-            continue
-        index[which][name] = place
-    for names in index.values():
-        names.pop("", None)
-    return index
-
-
-def narrow(body: CtfBody, at: int) -> int | None:
-    """The width in bits of the number at body offset `at` if it is a bit-field's; else None."""
-    record = body.record(at)
-    if record.kind != ctf.INTEGER:
-        return None
-    (word,) = Struct(body.byteorder + "I").unpack_from(body.data, record.tail)
-    width = int(word) & 0xFFFF
-    return width if width < record.size * 8 else None
+            name = strings.get(word)
+            if name is None:
+                name = strings[word] = self._body.string(word)
+                room -= len(name)
+                if room < 0:
+                    message = "names overlap each other without end"
+                    raise self._body.bad(self._offsets[place], message)
+            groups[kind].setdefault(name, []).append(place)
+        index: dict[str, dict[str, int]] = {}
+        for kind, names in groups.items():
+            names.pop("", None)
+            best = ((name, self._best(kind, places)) for name, places in names.items())
+            index[kind] = {name: place for name, place in best if place is not None}
+        return index

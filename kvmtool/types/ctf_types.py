@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from kvmtool.errors import KvmWarning
 from kvmtool.types import ctf_format as ctf
-from kvmtool.types.ctf_index import index_names
+from kvmtool.types.ctf_index import NameIndex
 from kvmtool.types.ctype import (
     DEPTH_LIMIT,
     Array,
@@ -78,15 +78,15 @@ class CtfTypes:
 
     def find(self, kind: str, name: str) -> CType | None:
         """See `TypeSource.find`; of several structures of that tag, the one with most members."""
-        number = self._index.get(kind, {}).get(name)
-        if number is None:
+        place = self._index.find(kind, name)
+        if place is None:
             return None if self.parent is None else self.parent.find(kind, name)
-        return self.type(number)
+        return self.type(self._first + place)
 
     def names(self, kind: str) -> Iterable[str]:
         """See `TypeSource.names`."""
-        own = self._index.get(kind, {})
-        return own if self.parent is None else {**dict.fromkeys(self.parent.names(kind)), **own}
+        own = self._index.names(kind)
+        return own if self.parent is None else dict.fromkeys((*self.parent.names(kind), *own))
 
     def variable(self, name: str) -> CType | None:
         """See `TypeSource.variable`: None without `symbols`, or where they are not these types'."""
@@ -140,9 +140,9 @@ class CtfTypes:
             return self.function(record.size, record.tail, record.vlen)
         if kind == ctf.FORWARD:
             tag = self._body.string(record.name)
-            defined = self._index["tag"].get(tag)
-            if defined is not None and self._kinds[defined - self._first] != ctf.FORWARD:
-                return self.type(defined)
+            place = self._index.find("tag", tag)
+            if place is not None and self._kinds[place] != ctf.FORWARD:
+                return self.type(self._first + place)
             return Compound("struct", tag or None, None)
         if kind == ctf.PTRAUTH:
             return self._signed_pointer(record)
@@ -264,14 +264,8 @@ class CtfTypes:
         return Pointer(partial(self.type, inner.size), self.pointer_size, word)
 
     @cached_property
-    def _index(self) -> dict[str, dict[str, int]]:
-        """Numbers of the types by the kind of their names, then by name."""
-        places = index_names(self._body, self._offsets, self._kinds)
-        first = self._first
-        return {
-            kind: {name: first + place for name, place in known.items()}
-            for kind, known in places.items()
-        }
+    def _index(self) -> NameIndex:
+        return NameIndex(self._body, self._offsets, self._kinds)
 
     def _long_size(self) -> int | None:
         """Bytes of `long`, which on Darwin are a pointer's; None if nothing uses it."""
