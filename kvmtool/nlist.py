@@ -166,6 +166,14 @@ class NlistTable:
             if not n_type & N_STAB:
                 yield index, n_type, n_value
 
+    def externals(self) -> Iterator[Nlist]:
+        """The entries with N_EXT that are no stabs, undefined ones too, in table order."""
+        entries = self._entry.iter_unpack(self._entries())
+        for index, (strx, n_type, n_sect, n_desc, n_value) in enumerate(entries):
+            if n_type & (N_STAB | N_EXT) == N_EXT:
+                name = self._name_of(strx, index)
+                yield Nlist(name, n_type, n_sect, n_desc, n_value, index)
+
     def entry(self, index: int) -> Nlist:
         """The entry at `index`, with its name."""
         size = self._entry.size

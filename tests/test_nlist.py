@@ -183,6 +183,8 @@ def test_every_entry_of_a_kernel(dump):
     assert [entry[:5] for entry in entries] == true_entries(dump)
     plain = [(n, e.n_type, e.n_value) for n, e in enumerate(entries) if not e.n_type & N_STAB]
     assert list(table.values()) == plain
+    external = [e for e in entries if e.n_type & N_EXT and not e.n_type & N_STAB]
+    assert list(table.externals()) == external
     for at in range(0, len(entries), 997):
         assert table.entry(at) == entries[at]
     source.close()

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from struct import Struct
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from kvmtool.nlist import N_EXT, N_SECT, N_STAB, N_TYPE, N_UNDF
+from kvmtool.nlist import N_SECT, N_TYPE, N_UNDF
 from kvmtool.types.ctf_format import FUNCTION, MAX_VLEN
 from kvmtool.types.ctype import Array, Function, Void, unqualified
 
@@ -41,9 +41,8 @@ class External(NamedTuple):
 def symbols_of(macho: MachO) -> Iterator[External]:
     """The external symbols that CTF counts, in table order."""
     text = [section.sectname == "__text" for section in macho.sections]
-    for entry in macho.symtab or ():
-        if entry.n_type & N_STAB or not entry.n_type & N_EXT:
-            continue
+    table = macho.symtab
+    for entry in () if table is None else table.externals():
         kind, sect = entry.n_type & N_TYPE, entry.n_sect
         if (kind == N_SECT and sect) or (kind == N_UNDF and not sect):
             inside = 0 < sect <= len(text) and text[sect - 1]
@@ -57,7 +56,7 @@ class Variables(Mapping[str, "CType"]):
         self._types = types
         self._objects: dict[str, int] = {}
         self._functions: dict[str, Place] = {}
-        order = sorted(symbols, key=lambda s: (not s.defined, s.name.encode("utf-8", "replace")))
+        order = sorted(symbols, key=lambda symbol: (not symbol.defined, symbol.name))
         numbers, places = _objects(body), _functions(body)
         orders = [symbols] if list(symbols) == order else [symbols, order]
         for candidate in orders:
