@@ -6,6 +6,7 @@ to write, on machines of both byte orders and word sizes.
 
 from __future__ import annotations
 
+import contextlib
 import random
 from operator import xor
 
@@ -15,8 +16,10 @@ from inputs import oracle, real
 
 from kvmtool import open as open_kvm
 from kvmtool.errors import KvmError, NotFoundError
+from kvmtool.source import FileSource
 from kvmtool.types import layouts
 from kvmtool.types.as_construct import construct_of, parse
+from kvmtool.types.ctf import open_ctf
 from kvmtool.types.ctype import (
     Array,
     Base,
@@ -28,6 +31,7 @@ from kvmtool.types.ctype import (
     Typedef,
     Void,
 )
+from kvmtool.types.model import TypeTable
 from kvmtool.types.outline import element
 
 construct = pytest.importorskip("construct")
@@ -266,6 +270,22 @@ def test_every_structure_of_a_layout(name):
         noise = random.Random(tag).randbytes(table.size(tag))
         assert made.sizeof() == len(noise)
         assert made.build(made.parse(noise)) == noise
+
+
+def test_every_structure_of_a_kernel():
+    """2,784 structures of xnu-2422: as long as C has them, and back to the same bytes."""
+    path = real("types/x86_64-xnu-2422.115.4.ctfdata")
+    with contextlib.closing(FileSource(path)) as source:
+        table, checked = TypeTable(open_ctf(source)), 0
+        for tag in table.structs():
+            ctype = table.source.find("tag", tag)
+            if isinstance(ctype, Compound) and ctype.complete:
+                made = table.construct(f"{ctype.kind} {tag}")
+                noise = random.Random(tag).randbytes(ctype.size)
+                assert made.sizeof() == ctype.size
+                assert made.build(made.parse(noise)) == noise, tag
+                checked += 1
+    assert checked == 2784
 
 
 def test_a_table_makes_each_once_and_only_structures():
