@@ -377,6 +377,22 @@ def test_a_section_in_a_kernel() -> None:
     assert ctf_of(MachO(BytesSource(bare.build(), "kernel"))) is None
 
 
+def test_a_symbol_table_that_is_gone_says_nothing() -> None:
+    ctf = build.Ctf()
+    ctf.objects = [ctf.integer("int", 4)]
+    content = ctf.build()
+    image = images.MachO("x86_64", 2, 1)
+    section = images.Section("__ctf", "__CTF", 0x1000, len(content))
+    image.segment("__CTF", 0x1000, content, sections=[section])
+    image.symtab([images.Sym("_nprocs", 0x1000)])
+    whole = image.build()
+    types = ctf_of(MachO(BytesSource(whole)))
+    assert declare(types.variable("nprocs"), "nprocs") == "int nprocs"
+    cut = ctf_of(MachO(BytesSource(whole[:-4])))
+    assert cut.variable("nprocs") is None
+    assert cut.find("base", "int").size == 4
+
+
 # damage
 
 

@@ -13,7 +13,7 @@ from functools import cached_property, partial
 from struct import Struct
 from typing import TYPE_CHECKING
 
-from kvmtool.errors import KvmWarning
+from kvmtool.errors import FaultError, FormatError, KvmWarning
 from kvmtool.types import ctf_format as ctf
 from kvmtool.types.ctf_index import NameIndex
 from kvmtool.types.ctype import (
@@ -98,7 +98,13 @@ class CtfTypes:
             return {}
         from kvmtool.types.ctf_variables import Variables
 
-        return Variables(self, self._body, list(self.symbols()))
+        try:
+            symbols = list(self.symbols())
+        except (FaultError, FormatError):
+            # A kernel in memory gives its symbol table up when it has booted; whoever asks for the
+            # symbol itself is told so.
+            return {}
+        return Variables(self, self._body, symbols)
 
     def type(self, number: int) -> CType:
         """The type of that number. Raises `FormatError` for a number there is none of."""
