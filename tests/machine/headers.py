@@ -82,6 +82,8 @@ def header(arch: str) -> str:
     types = layouts.table(LAYOUTS[arch])
     parts = [_PREAMBLE.format(name=types.name, arch=arch)]
     for tag, declarations in _STRUCTS.items():
+        if tag == "ucred" and not types.has("ucred", "cr_posix"):
+            declarations = "u32 cr_ref;" + _STRUCTS["posix_cred"]
         if types.has(tag):
             parts.append(_struct(types, tag, declarations, 8 if arch == "x86_64" else 4))
     parts += [_posix_cred(types), _cdevsw_spare(types)]
@@ -140,9 +142,7 @@ def _posix_cred(types: TypeTable) -> str:
     """From xnu-1699 (10.7) on ucred holds a struct posix_cred; before, its members themselves."""
     if types.has("ucred", "cr_posix"):
         return "#define posix_cred_of(cred) ((struct posix_cred *)(void *)(cred)->cr_posix)"
-    members = _struct(types, "ucred", "u32 cr_ref;" + _STRUCTS["posix_cred"], 4)
-    members = members.replace("ucred", "posix_cred")
-    return f"{members}\n#define posix_cred_of(cred) ((struct posix_cred *)(void *)(cred))"
+    return "#define posix_cred ucred\n#define posix_cred_of(cred) (cred)"
 
 
 def _cdevsw_spare(types: TypeTable) -> str:
