@@ -618,7 +618,8 @@ def test_what_is_not_raw_stays_where_it_is():
     assert (way.base, way.root) == (0, here.tables.root)
 
 
-def test_where_memory_begins_is_remembered():
+def test_where_memory_begins_is_remembered(tmp_path, monkeypatch):
+    monkeypatch.setenv("KVMTOOL_CACHE", str(tmp_path))
     here = far(ttep=False, uuid=UUID[::-1])  # samples of memory and the UUID are what it goes by
     passes: list[int] = []
 
