@@ -194,7 +194,7 @@ def _places(
     """
     stems = [] if path is None else [path, os.path.splitext(path)[0]]
     for stem in stems:
-        if os.path.isdir(f"{stem}.dSYM"):
+        if os.path.exists(f"{stem}.dSYM"):  # a bundle, or the file alone
             yield f"{stem}.dSYM", "beside the kernel"
     if image is not None:
         yield partial(_inside, image, path, kernel, dwarf_in), "in the kernel itself"

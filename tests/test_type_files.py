@@ -177,10 +177,13 @@ def test_in_the_kernel_path(tmp_path):
     folder = tmp_path / "kits" / "deeper"
     folder.mkdir(parents=True)
     bundle(str(folder), "other", real(f"{ZFS}.dSYM"))
-    image, kernel = identity(real(ZFS), "i386")
-    found = find_types(image, real(ZFS), kernel, [str(tmp_path)])
+    kext = str(shutil.copy(real(ZFS), tmp_path / "zfs"))
+    image, kernel = identity(kext, "i386")
+    found = find_types(image, kext, kernel, [str(tmp_path)])
     assert found.how.endswith("found by the kernel's UUID")
-    assert find_types(image, real(ZFS), kernel._replace(uuid=bytes(16)), [str(tmp_path)]) is None
+    assert find_types(image, kext, kernel._replace(uuid=bytes(16)), [str(tmp_path)]) is None
+    shutil.copy(real(f"{ZFS}.dSYM"), tmp_path / "zfs.dSYM")
+    assert find_types(image, kext, kernel).how.endswith("zfs.dSYM (fat), beside the kernel")
 
 
 def test_ctf_in_the_kernel_and_beside_it(tmp_path):
