@@ -22,6 +22,7 @@ ERROR, USAGE, PARTIAL = 1, 2, 3
 # command -> (module in kvmtool.cli, help line); loaded when it is used
 COMMANDS = {
     "args": ("args", "What processes were started with: arguments and environment."),
+    "backtrace": ("backtrace", "Kernel stacks: of a thread, of a process, of each CPU."),
     "convert": ("convert", "Write the memory of a core in another form."),
     "dd": ("devices", "The dd line that reads an address from a mounted kmem."),
     "demo": ("demo", "Write the embedded sample, and say what to type."),

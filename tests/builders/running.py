@@ -104,3 +104,35 @@ class Running:
                 at + self.layout.offset("timer", "high_bits"), struct.pack("<I", high)
             )
         return True
+
+    def stack(self, thread: int, calls: Sequence[int], *, at_top: int | None = None) -> int:
+        """A kernel stack for `thread`, which gave up its CPU in `calls` (innermost first).
+
+        Frames lie 0x80 bytes apart, the last one's saved frame pointer is 0; the registers are
+        saved `at_top` bytes below the top (struct x86_kernel_state, arm_kernel_saved_state).
+        Returns its address.
+        """
+        width = self.memory.width
+        stack = self._region.alloc(STACK, 0x1000)
+        self.memory.write(stack, bytes(STACK))
+        self.put("thread", thread, "kernel_stack", stack)
+        top = stack + STACK
+        frames = [top - 0x800 + 0x80 * number for number in range(len(calls) - 1)]
+        for number, (frame, call) in enumerate(zip(frames, calls[1:], strict=True)):
+            following = frames[number + 1] if number + 1 < len(frames) else 0
+            self.words(frame, following, call)
+        first, sp = (frames or [0])[0], top - 0x820
+        if self.built.arch == "arm64":
+            state = top - (at_top or 0x70)
+            self.words(state + 10 * width, first, calls[0], sp)
+            member = thread + self.layout.offset("thread", "machine.kstackptr")
+            self.words(member, state)
+        elif self.wide:  # rbx rsp rbp r12 r13 r14 r15 rip
+            self.words(top - (at_top or 64), 0xB, sp, first, 0xC, 0xD, 0xE, 0xF, calls[0])
+        else:  # ebx esp ebp edi esi eip
+            self.words(top - (at_top or 32), 0xB, sp, first, 0xD, 0x5, calls[0])
+        return stack
+
+    def frame(self, stack: int, number: int) -> int:
+        """Where frame `number` (0 is the innermost) of a `stack` lies."""
+        return stack + STACK - 0x800 + 0x80 * number

@@ -1,0 +1,174 @@
+"""backtrace: the kernel stacks of threads and CPUs."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvmtool.cli.listing import Listing, finish, opened
+from kvmtool.cli.params import core_argument, format_option, kernel_options
+from kvmtool.cli.render import Address, Column, Named, render, visible
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from kvmtool.cli.params import Where
+    from kvmtool.stacks import Stacks
+    from kvmtool.xnu.backtrace import Backtrace, Frame
+    from kvmtool.xnu.thread import Thread
+
+LISTING = Listing(
+    "backtrace",
+    "stacks",
+    (
+        Column("pid", "PID", "number"),
+        Column("command", "COMMAND"),
+        Column("tid", "TID", "number"),
+        Column("thread", "THREAD", "address"),
+        Column("cpu", "CPU", "number"),
+        Column("origin", "REGISTERS FROM"),
+        Column("frames", "FRAMES", "list"),
+        Column("stop", "ENDS"),
+        Column("unreadable", "CUT"),
+        Column("continuation", "CONTINUES AT"),
+    ),
+    (),
+)
+
+
+def frame_of(frame: Frame) -> dict[str, Any]:
+    """One frame as JSON has it; `offset` counts from the symbol."""
+    return {
+        "pc": Address(frame.pc),
+        "fp": None if frame.fp is None else Address(frame.fp),
+        "kind": frame.kind,
+        "name": str(frame.code),
+        "symbol": frame.code.symbol,
+        "offset": frame.code.offset,
+        "kext": frame.code.kext,
+    }
+
+
+def row_of(stack: Backtrace) -> dict[str, Any]:
+    """A stack under the names that JSON has."""
+    thread, goes_on = stack.thread, stack.continuation
+    return {
+        "pid": thread and thread.pid,
+        "command": thread and thread.command,
+        "tid": thread and thread.tid,
+        "thread": thread and thread.address,
+        "cpu": stack.cpu,
+        "origin": stack.origin or None,
+        "frames": [frame_of(frame) for frame in stack.frames],
+        "stop": stack.stop,
+        "unreadable": stack.unreadable,
+        "continuation": goes_on and Named(goes_on.address, str(goes_on)),
+    }
+
+
+def frame_lines(frames: Iterable[Frame], width: int, indent: str = "") -> Iterator[str]:
+    """The frames for a person, innermost first; addresses have `width` bytes."""
+    for number, frame in enumerate(frames):
+        mark = "  <- interrupted here" if frame.kind == "trap" else ""
+        name = visible(str(frame.code))
+        yield f"{indent}{number:3}  {frame.pc:#0{2 + 2 * width}x}  {name}{mark}"
+
+
+def thread_words(thread: Thread) -> str:
+    """A thread for a person: its id and address, and whose it is, as far as that can be read."""
+    name = "thread" if not isinstance(thread.tid, int) else f"thread {thread.tid}"
+    owner = f" of {thread.command}" if isinstance(thread.command, str) else ""
+    pid = f" ({thread.pid})" if isinstance(thread.pid, int) else ""
+    return f"{name}{owner}{pid} at {thread.address:#x}"
+
+
+def _lines(stack: Backtrace, width: int) -> Iterator[str]:
+    """One stack for a person."""
+    words = [f"CPU {stack.cpu}"] if stack.cpu is not None else []
+    if stack.thread is not None:
+        words.append(thread_words(stack.thread))
+    if stack.origin:
+        words.append(stack.origin)
+    yield visible(", ".join(words))
+    yield from frame_lines(stack.frames, width)
+    yield f"     {visible(stack.stop)}"
+
+
+def _chosen(
+    stacks: Stacks, which: str | None, cpu: int | None, tid: int | None, every: bool
+) -> Iterable[Backtrace]:
+    if every:
+        return (stacks.of(thread) for thread in stacks.threads)
+    if cpu is not None:
+        return [stacks.cpu(cpu)]
+    if tid is not None:
+        return [stacks.by_id(tid)]
+    if which is None:
+        return stacks.cpus()
+    number = int(which, 0)
+    return [stacks.at(number)] if which.lower().startswith("0x") else stacks.of_process(number)
+
+
+def _check(which: str | None, *others: object) -> None:
+    """Raises `click.UsageError` for what cannot be, or for two of them."""
+    if sum(other is not None and other is not False for other in (which, *others)) > 1:
+        raise click.UsageError("PID, THREAD, --cpu, --tid and --all exclude each other")
+    if which is None:
+        return
+    try:
+        int(which, 0)
+    except ValueError:
+        raise click.BadParameter(
+            f"{which!r}: expected a PID, or the address of a thread (0x…)",
+            param_hint="PID|THREAD",
+        ) from None
+
+
+@click.command()
+@click.argument("which", required=False, metavar="[PID|THREAD]")
+@click.option("--cpu", type=int, metavar="N", help="What this CPU was doing.")
+@click.option("--tid", type=int, metavar="N", help="The thread with this id.")
+@click.option("--all", "every", is_flag=True, help="Every thread.")
+@format_option
+@kernel_options
+@core_argument
+def backtrace(
+    where: Where, which: str | None, cpu: int | None, tid: int | None, every: bool, format: str
+) -> None:
+    """Print kernel stacks: of each CPU, of a process's threads, or of the THREAD at an address.
+
+    A CPU's registers come from the core, as far as it has them; those of a thread that had given up
+    its CPU from the top of its kernel stack. A thread without a stack goes on at its continuation.
+    Each stack says why it ends; where memory is missing that would go on with it the exit status is
+    3. The symbol of a return address is that of the call before it.
+
+    \b
+    Example:
+      kvmtool backtrace -N mach_kernel -M core
+      kvmtool backtrace 1 -N mach_kernel -M core
+      kvmtool backtrace --all -N mach_kernel -M core --format jsonl
+    """
+    from kvmtool.stacks import Stacks
+    from kvmtool.xnu.queues import Report
+
+    _check(which, cpu, tid, every)
+    kvm = opened(where)
+    report = Report()
+    stacks = Stacks(kvm, report)
+    cut = 0
+
+    def counted() -> Iterator[Backtrace]:
+        nonlocal cut
+        for stack in _chosen(stacks, which, cpu, tid, every):
+            cut += stack.unreadable
+            yield stack
+
+    if format == "table":
+        for number, stack in enumerate(counted()):
+            lines = _lines(stack, kvm.arch.pointer_size)
+            sys.stdout.write(("\n" if number else "") + "\n".join(lines) + "\n")
+    else:
+        render(map(row_of, counted()), LISTING.columns, format)
+    finish(report, cut, LISTING.what)
