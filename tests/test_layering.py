@@ -94,6 +94,7 @@ LAYERS = (
             "libkvm",
             "sample",
             "convert",
+            "stacks",
         ),
     ),
     ("public names", ("",)),
