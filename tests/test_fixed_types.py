@@ -26,6 +26,9 @@ def test_against_the_real_ones(name):
         for member in found.members.values():
             if "." in member.name or member.name == "oid_link":  # a structure of its own there
                 continue
+            if member.name == "v_resv" and "v_offset" in isf[tag]["fields"]:
+                assert member.offset == isf[tag]["fields"]["v_offset"]["offset"]
+                continue
             assert member.offset == isf[tag]["fields"][member.name]["offset"], f"{tag}.{member}"
             compared += 1
     assert compared >= 8

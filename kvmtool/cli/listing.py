@@ -15,7 +15,7 @@ from kvmtool.cli.params import (
     format_option,
     kernel_options,
 )
-from kvmtool.cli.render import render
+from kvmtool.cli.render import render, render_one
 from kvmtool.unreadable import Unreadable
 
 if TYPE_CHECKING:
@@ -67,6 +67,28 @@ class Listing(NamedTuple):
         render(counted(), columns, format)
         finish(report, unreadable, self.what)
 
+    def show_one(
+        self, row: Mapping[str, Any], chosen: Sequence[str], format: str, report: Report
+    ) -> None:
+        """Write the one answer `row`; then as `show`. Every field that is missing is told."""
+        columns = self.chosen(chosen, format)
+        render_one({c.name: row[c.name] for c in columns}, format, columns=columns)
+        missing = [c.name for c in columns if _missing(row[c.name])]
+        if missing and format != "table":
+            say(f"could not be read: {', '.join(missing)}")
+        finish(report)
+        if missing:
+            click.get_current_context().exit(PARTIAL)
+
+
+def time_fields(name: str, value: Any) -> dict[str, Any]:
+    """A (seconds, microseconds) as ISO 8601 under `name`, and as it is under `name`_raw."""
+    from kvmtool.xnu.proc import iso_time
+
+    known = isinstance(value, tuple)
+    raw = list(value) if known else value
+    return {name: iso_time(value) if known else value, f"{name}_raw": raw}
+
 
 def _missing(value: Any) -> bool:
     """Whether a field, or something in a list, could not be read."""
@@ -92,4 +114,4 @@ def listing_options(command: Command) -> Command:
     return command
 
 
-__all__ = ["Listing", "finish", "listing_options", "opened"]
+__all__ = ["Listing", "finish", "listing_options", "opened", "time_fields"]

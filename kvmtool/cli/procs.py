@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvmtool.cli.listing import Listing, listing_options, opened
+from kvmtool.cli.listing import Listing, listing_options, opened, time_fields
 from kvmtool.cli.render import Column, Named
 from kvmtool.unreadable import Unreadable
 
@@ -108,13 +108,8 @@ _STORED = tuple(
 
 def row_of(proc: Proc) -> dict[str, Any]:
     """A process under the names that -o and JSON have."""
-    from kvmtool.xnu.proc import iso_time
-
     row = {name: getattr(proc, name) for name in _STORED}
-    start = proc.start
-    known = start is not None and not isinstance(start, Unreadable)
-    row["start"] = iso_time(start) if known else start
-    row["start_raw"] = list(start) if known else start
+    row |= time_fields("start", proc.start)
     row["lists"] = list(proc.lists)
     row["command"] = _command(proc)
     return row

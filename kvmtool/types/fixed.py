@@ -43,6 +43,15 @@ struct inpcbhead { struct inpcb *lh_first; };
 struct in_ifaddrhead { struct in_ifaddr *tqh_first; struct in_ifaddr **tqh_last; };
 struct ifnethead { struct ifnet *tqh_first; struct ifnet **tqh_last; };
 struct domains_head { struct domain *tqh_first; struct domain **tqh_last; };
+/* pexpert/pexpert/pexpert.h; what v_resv is has had names since 10.6 */
+struct PE_Video {
+    unsigned long v_baseAddr; unsigned long v_rowBytes; unsigned long v_width;
+    unsigned long v_height; unsigned long v_depth; unsigned long v_display;
+    char v_pixelFormat[64]; long v_resv[4];
+};
+struct PE_state {
+    int initialized; struct PE_Video video; void *deviceTreeHead; void *bootArgs;
+};
 /* bsd/sys/resource.h, bsd/vm/vm_unix.c */
 struct loadavg { unsigned int ldavg[3]; long fscale; };
 """
