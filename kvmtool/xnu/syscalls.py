@@ -34,7 +34,7 @@ class Shape(NamedTuple):
     arguments_code: str
 
 
-_SYSENT = {
+_SYSENT: dict[int, tuple[Shape, ...]] = {
     8: (
         Shape(24, 0, 8, 20, "h"),  # xnu-3248 (10.11) on, with a munger
         Shape(16, 0, None, 12, "h"),  # without one
@@ -43,14 +43,20 @@ _SYSENT = {
     ),
     4: (Shape(24, 4, 8, 0, "h"), Shape(20, 4, 8, 0, "h")),  # xnu-1228 (10.5) on; 10.4
 }
-_TRAPS = {
+# Small shapes first: with twice its size a table seems to be one of functions, too.
+_TRAPS: dict[int, tuple[Shape, ...]] = {
     8: (
+        Shape(16, 8, None, 0, "B"),  # xnu-1456 (10.6) to 2050 (10.8), and arm64
         Shape(24, 8, 16, 0, "B"),
-        Shape(32, 8, 16, 0, "i"),
-        Shape(16, 8, None, 0, "B"),
+        Shape(32, 8, 16, 0, "i"),  # xnu-2422 (10.9) on
         Shape(40, 8, 16, 0, "i"),
     ),
-    4: (Shape(16, 4, 8, 0, "i"), Shape(12, 4, 8, 0, "i"), Shape(20, 4, 8, 0, "i")),
+    4: (
+        Shape(8, 4, None, 0, "i"),
+        Shape(12, 4, 8, 0, "i"),
+        Shape(16, 4, None, 0, "i"),  # xnu-1228 (10.5): mach_trap_stack instead of a munger
+        Shape(20, 4, 8, 0, "i"),
+    ),
 }
 
 

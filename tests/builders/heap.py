@@ -8,7 +8,7 @@ caller says that only some releases have it.
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tests.builders.macho import up
 
@@ -28,6 +28,8 @@ class Layout(Protocol):
     def offset(self, struct: str, member: str) -> int: ...
 
     def size(self, struct: str) -> int: ...
+
+    def struct(self, name: str) -> Any: ...
 
 
 class Region:

@@ -56,7 +56,7 @@ class Processes:
         self.specs.sort(key=lambda spec: spec.pid != 0)  # pid 0 is the first of all
         self.procs: dict[int, Record] = {}
         self.tasks: dict[int, Record] = {}
-        self._ro: dict[int, Record] = {}
+        self.read_only: dict[int, Record] = {}
         self._creds: dict[tuple[Any, ...], Record] = {}
         self._cred_of: dict[int, int] = {}
         self.pgrps: dict[int, Record] = {}
@@ -111,7 +111,7 @@ class Processes:
             self.tasks[spec.pid] = self._record("task", "task")
         self.procs[spec.pid] = proc
         if self.types.has("proc", "p_proc_ro"):
-            self._ro[spec.pid] = self._record("proc_ro", "proc_ro")
+            self.read_only[spec.pid] = self._record("proc_ro", "proc_ro")
 
     def _credentials(self, spec: ProcSpec) -> None:
         """struct ucred, shared by all who are alike, as kauth_cred_update has it."""
@@ -218,7 +218,7 @@ class Processes:
         if not spec.zombie:  # proc_exit: task = TASK_NULL
             proc.ptr("task", self.tasks[spec.pid].address, maybe=True)
         self._fill_start(spec, proc)
-        if spec.pid in self._ro:
+        if spec.pid in self.read_only:
             self._fill_ro(spec, proc)
 
     def _fill_start(self, spec: ProcSpec, proc: Record) -> None:
@@ -231,7 +231,7 @@ class Processes:
 
     def _fill_ro(self, spec: ProcSpec, proc: Record) -> None:
         """macOS 12.1: struct proc_ro, from the read-only zone."""
-        read_only = self._ro[spec.pid]
+        read_only = self.read_only[spec.pid]
         proc.ptr("p_proc_ro", read_only.address)
         read_only.ptr("pr_proc", proc.address)
         if not spec.zombie:
@@ -247,8 +247,8 @@ class Processes:
         task.u32("thread_count", len(spec.threads))
         task.u32("suspend_count", spec.suspend_count)
         task.ptr("bsd_info", self.procs[spec.pid].address, maybe=True)
-        if spec.pid in self._ro:
-            task.ptr("bsd_info_ro", self._ro[spec.pid].address, maybe=True)
+        if spec.pid in self.read_only:
+            task.ptr("bsd_info_ro", self.read_only[spec.pid].address, maybe=True)
         flags = TF_HASPROC if self.task_follows_proc else 0
         task.u32("t_flags", flags | (TF_64B if self._wide else 0), maybe=True)
         self.threads[spec.pid] = [self._thread(spec, state) for state in spec.threads]
@@ -285,7 +285,7 @@ class Processes:
         thread.ptr("t_tro", read_only.address)
         read_only.ptr("tro_owner", thread.address)
         read_only.ptr("tro_proc", self.procs[spec.pid].address)
-        read_only.ptr("tro_proc_ro", self._ro[spec.pid].address)
+        read_only.ptr("tro_proc_ro", self.read_only[spec.pid].address)
         read_only.ptr("tro_task", self.tasks[spec.pid].address)
         read_only.ptr("tro_cred", self._cred_of[spec.pid])
 

@@ -16,6 +16,7 @@ import uuid as uuids
 from typing import TYPE_CHECKING, Any
 
 from tests.builders import macho
+from tests.builders.ground import Ground
 from tests.builders.heap import Memory, Signer, Types
 from tests.builders.image import KernelImage, Places, default_places
 from tests.builders.macho import Sym
@@ -26,6 +27,7 @@ from tests.builders.statics import LOW_GLOBALS_ALIAS, Statics
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
+    from tests.builders.ground import Part
     from tests.builders.heap import Layout, Region
 
 __all__ = [
@@ -239,6 +241,7 @@ def build(
     functions: Sequence[str] = (),
     more_symbols: Sequence[Sym] = (),
     core: CoreShape | None = None,
+    parts: Sequence[Part] = (),
 ) -> Built:
     """Kernel and core of a machine that runs `procs` (given oldest first; pid 0 is added).
 
@@ -246,7 +249,8 @@ def build(
     table ({major: {"d_read": address}}); `pinned` fixes (unslid) addresses of "_cdevsw" and
     "_bdevsw", `places` those of the segments; `functions` and `more_symbols` only add symbols;
     `keep_linkedit` leaves the symbol table in memory, so that the core alone is enough. `slide`
-    is a multiple of the page size. Addresses in the truth are those in memory.
+    is a multiple of the page size. Each of `parts` plants what else there is and adds to the truth.
+    Addresses in the truth are those in memory.
     """
     pinned = pinned or {}
     types, memory, image, zones = _ground(layout, arch, slide, places)
@@ -260,7 +264,10 @@ def build(
     truth |= statics.load(loadavg)
     truth |= statics.message_buffer(msgbuf)
     truth |= statics.kexts(kexts)
-    truth |= Processes(types, memory, image, zones, procs, maxproc).plant()
+    processes = Processes(types, memory, image, zones, procs, maxproc)
+    truth |= processes.plant()
+    for part in parts:
+        truth |= part(Ground(types, memory, image, zones, processes))
     stext = _kaslr(image, layout) if slide or has_kaslr(layout) else None
     page = statics.low_globals(stext)
     kernel = image.finish(
