@@ -29,6 +29,7 @@ COMMANDS = {
     "devsw": ("devsw", "The device switches, and which driver owns each slot."),
     "dmesg": ("dmesg", "The kernel's message buffer."),
     "extract": ("extract", "A kernel, a kext or a core as a file by itself."),
+    "files": ("files", "What processes hold open: files, sockets, pipes."),
     "host": ("host", "The machine: version, names, boot time, memory, processors."),
     "info": ("info", "Everything known about a kernel and a core."),
     "kernels": ("images", "The kernels in the directories of --kernel-path, by UUID."),
