@@ -29,6 +29,10 @@ check: $(STAMP) ## lint, types, layering, generated documents
 docs: $(STAMP) ## write the generated documents
 	@$(BIN)/python tools/docs.py
 
+site: $(STAMP) ## build the documents as a site in build/site; a warning is an error
+	@$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going docs build/site
+	@echo build/site/index.html
+
 layouts: $(STAMP) ## compile the layout database from ../shared/data/layouts
 	@$(BIN)/python tools/build_layouts.py
 	@$(BIN)/python tools/build_layout_types.py
@@ -51,5 +55,5 @@ peers: $(STAMP) ## compare with Volatility 3 (processes) and pyaff4 (volumes)
 clean: ## remove the virtualenv and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache demo
 
-.PHONY: help venv demo test check docs layouts sample bench machine peers clean
+.PHONY: help venv demo test check docs site layouts sample bench machine peers clean
 .DEFAULT_GOAL := help

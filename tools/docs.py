@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import sys
 from importlib import import_module
 
@@ -62,11 +63,17 @@ def _help_of(command: click.Command, name: str, parent: click.Context, level: in
 
 def errors_page() -> str:
     """The tree of errors and what each says of itself."""
-    parts = [NOTE, "# Errors\n", inspect.cleandoc(errors.__doc__ or ""), ""]
+    tree = re.sub(r"::\n\n((?: {4}.*\n|\n)+)", _fenced, inspect.cleandoc(errors.__doc__ or ""))
+    parts = [NOTE, "# Errors\n", tree, ""]
     for name, kind in vars(errors).items():
         if inspect.isclass(kind) and kind.__module__ == "kvmtool.errors":
             parts.append(f"## {name}\n\n{inspect.cleandoc(kind.__doc__ or '')}\n")
     return "\n".join(parts)
+
+
+def _fenced(indented: re.Match[str]) -> str:
+    """A block as docstrings have it, as Markdown has it."""
+    return f"```text\n{inspect.cleandoc(indented[1])}\n```\n\n"
 
 
 def fields_page() -> str:

@@ -1,0 +1,36 @@
+"""How Sphinx builds the site: `make site`, which takes a warning for an error."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from kvmtool import __version__
+
+project = "kvmtool"
+author = "the kvmtool authors"
+release = version = __version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc"]
+source_suffix = {".md": "markdown"}
+exclude_patterns = ["conf.py"]
+
+myst_heading_anchors = 3  # `page.md#heading` works as it does where Markdown is shown
+suppress_warnings = ["myst.header"]  # pages made from help texts begin at level 2
+
+default_role = "literal"  # `name` in a docstring is code
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+python_use_unqualified_type_names = True
+python_display_short_literal_types = True
+add_module_names = False
+
+html_theme = "furo"
+html_title = f"kvmtool {release}"
+html_show_sphinx = False
+html_copy_source = False
+templates_path: list[str] = []
+html_static_path: list[str] = []
