@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from kvmtool import __version__
+from kvmtool.cli.command import write_options
 from kvmtool.cli.params import Where, kernel_options
 from kvmtool.errors import ExpressionError, KvmError, KvmWarning
 
@@ -53,6 +54,29 @@ COMMANDS = {
     "vtop": ("space", "How an address is translated to a physical one."),
     "walk": ("objects", "Walk any list of the kernel's, with members of its elements."),
 }
+
+# heading in the help -> its commands
+GROUPS = (
+    ("Look up", ("nlist", "symbols", "symbol")),
+    ("Read memory", ("read", "print", "walk", "search", "regions", "vtop")),
+    ("Processes", ("procs", "args", "threads", "backtrace", "files")),
+    (
+        "The kernel's state",
+        ("host", "load", "dmesg", "kexts", "devsw", "syscalls", "sysctl", "mounts"),
+    ),
+    ("Types", ("type", "types")),
+    ("Images and dumps", ("info", "kernels", "convert", "extract")),
+    ("Devices", ("mount", "dd")),
+    ("Help", ("demo",)),
+)
+
+
+def groups() -> list[tuple[str, list[str]]]:
+    """Every command under its heading; those that `GROUPS` lacks come last."""
+    placed = [name for _, names in GROUPS for name in names]
+    found = [(heading, [n for n in names if n in COMMANDS]) for heading, names in GROUPS]
+    rest = sorted(COMMANDS.keys() - set(placed))
+    return found + ([("More", rest)] if rest else [])
 
 
 class Failure(click.ClickException):
@@ -95,10 +119,26 @@ class Commands(click.Group):
         command: click.Command = getattr(module, cmd_name)
         return command
 
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The commands first: they are what is looked for; then the options."""
+        self.format_commands(ctx, formatter)
+        write_options(self.get_params(ctx), ctx, formatter)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The commands with their help lines, without importing one of them."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, line) for name, (_, line) in sorted(COMMANDS.items())])
+        """The commands in groups, with their help lines, without importing one of them."""
+        width = max(map(len, COMMANDS))
+        for heading, names in groups():
+            with formatter.section(heading):
+                formatter.write_dl([(f"{n:<{width}}", COMMANDS[n][1]) for n in names])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does it, but a command that is none is told with those that are like it."""
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
+            raise click.UsageError(_no_command(name), ctx)
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -114,6 +154,19 @@ class Commands(click.Group):
             raise Failure(error, f"{name}{error.strerror or error}") from error
 
 
+def _no_command(name: str) -> str:
+    """What to say of a command that is none: those like it, or what to do with a file's name."""
+    import os
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, COMMANDS, 3)
+    if near:
+        return f"no command {name!r}: did you mean {' or '.join(near)}?"
+    if os.path.isfile(name):
+        return f"no command {name!r}, which is a file: try kvmtool info -M {name}"
+    return f"no command {name!r}: kvmtool --help lists them"
+
+
 def say(message: str) -> None:
     """One line on stderr, with the program's name."""
     from kvmtool.cli.render import visible
@@ -127,7 +180,7 @@ def _show_warning(message: Warning | str, *_: Any) -> None:
 
 @click.group(
     cls=Commands,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit status: 0 all is well, 1 an error, 2 a usage error, 3 a partial result.",
 )
 @click.version_option(__version__, prog_name="kvmtool")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from kvmtool.cli.command import Sectioned
 from kvmtool.cli.listing import Listing, listing_options, opened
 from kvmtool.cli.procs import started
 from kvmtool.cli.render import Column
@@ -28,7 +29,7 @@ LISTING = Listing(
 )
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @click.option("--pid", type=int, multiple=True, help="Only this process. Repeatable.")
 @click.option("--env", is_flag=True, help="The environment, too.")
 @listing_options

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvmtool.cli.command import Sectioned
 from kvmtool.cli.listing import Listing, finish, opened
 from kvmtool.cli.params import core_argument, format_option, kernel_options
 from kvmtool.cli.render import Address, Column, Named, render, visible
@@ -126,7 +127,7 @@ def _check(which: str | None, *others: object) -> None:
         ) from None
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @click.argument("which", required=False, metavar="[PID|THREAD]")
 @click.option("--cpu", type=int, metavar="N", help="What this CPU was doing.")
 @click.option("--tid", type=int, metavar="N", help="The thread with this id.")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvmtool.cli import say
+from kvmtool.cli.command import Sectioned
 from kvmtool.cli.extract import check_out
 from kvmtool.cli.opening import opened
 from kvmtool.cli.params import Where, kernel_options
@@ -30,7 +31,7 @@ _ENDINGS = {
 _LONG = 1.0  # seconds after which a person wants to see how far it is
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @click.argument("out", metavar="OUT", type=click.Path())
 @click.option(
     "--to",

@@ -7,8 +7,10 @@ import shlex
 
 import click
 
+from kvmtool.cli.command import Sectioned
 
-@click.command()
+
+@click.command(cls=Sectioned)
 @click.argument("directory", metavar="DIR", type=click.Path(file_okay=False))
 @click.option("--machine", is_flag=True, help="The other sample: memory of a machine that ran.")
 def demo(directory: str, machine: bool) -> None:

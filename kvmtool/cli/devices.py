@@ -9,13 +9,14 @@ import sys
 import click
 
 from kvmtool.cli import say
+from kvmtool.cli.command import Sectioned
 from kvmtool.cli.opening import opened
 from kvmtool.cli.params import ADDRESS, SIZE, AddressExpr, Where, kernel_options
 
 _READY = "ready"
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @click.argument("directory", metavar="DIR", type=click.Path(exists=True, file_okay=False))
 @click.option("--foreground", is_flag=True, help="Stay until it is unmounted, or interrupted.")
 @click.option("--allow-other", is_flag=True, help="Let other users try, too.")
@@ -76,7 +77,7 @@ def _in_background() -> None:
     click.get_current_context().exit(server.returncode or 1)
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @click.argument("address", type=ADDRESS)
 @click.argument("count", type=SIZE)
 @click.option("--directory", metavar="DIR", default=".", help="Where the kernel is mounted.")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvmtool.cli.command import Sectioned
 from kvmtool.cli.listing import Listing, listing_options, opened
 from kvmtool.cli.render import Column, Named
 from kvmtool.unreadable import Unreadable
@@ -77,7 +78,7 @@ def row_of(kvm: Kvm, device: Device) -> dict[str, Any]:
     }
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @click.option("--all", "every", is_flag=True, help="Slots that no driver has taken, too.")
 @listing_options
 def devsw(where: Where, every: bool, columns: tuple[str, ...], format: str) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from kvmtool.cli import PARTIAL
+from kvmtool.cli.command import Sectioned
 from kvmtool.cli.opening import opened
 from kvmtool.cli.params import core_argument, format_option, kernel_options
 from kvmtool.cli.render import Address, render_one, visible
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from kvmtool.cli.params import Where
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @click.option("--unread", is_flag=True, help="Only what syslogd had not read yet.")
 @click.option("--asl", is_flag=True, help="The buffer of the system log (10.13 to 10.15).")
 @format_option

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from kvmtool.cli import PARTIAL, say
+from kvmtool.cli.command import Sectioned
 from kvmtool.cli.opening import opened
 from kvmtool.cli.params import Where, core_argument, kernel_options
 from kvmtool.errors import FormatError, KvmError, NotFoundError, TruncatedError, UnsupportedError
@@ -49,7 +50,7 @@ _decode_option = click.option(
 )
 
 
-@extract.command()
+@extract.command(cls=Sectioned)
 @_out_argument
 @click.option("--whole", is_flag=True, help="All of a kernel collection, its kexts too.")
 @_decode_option
@@ -106,7 +107,7 @@ def _kernel_of(kvm: Kvm) -> MachO:
     return image
 
 
-@extract.command()
+@extract.command(cls=Sectioned)
 @click.argument("identifier", metavar="IDENTIFIER")
 @_out_argument
 @_decode_option
@@ -120,7 +121,7 @@ def kext(identifier: str, out: str, decode: bool, overwrite: bool, where: Where)
 
     \b
     Example:
-      kvmtool extract kext com.apple.driver.usb.IOUSBHostHIDDevice OUT -N kernelcache
+      kvmtool extract kext com.apple.driver.IOUSBHIDDriver OUT -N kernelcache
     """
     check_out(out, overwrite, where)
     kvm = opened(where)
@@ -130,7 +131,7 @@ def kext(identifier: str, out: str, decode: bool, overwrite: bool, where: Where)
     _write_image(out, overwrite, found.image, kvm, decode)
 
 
-@extract.command()
+@extract.command(cls=Sectioned)
 @_out_argument
 @click.option("--member", metavar="NAME", help="Of a corefile, this file instead of the kernel's.")
 @click.option("--partial", is_flag=True, help="Write what a damaged file still yields; status 3.")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvmtool.cli.command import Sectioned
 from kvmtool.cli.listing import Listing, listing_options, opened
 from kvmtool.cli.render import Column
 from kvmtool.unreadable import Unreadable
@@ -118,7 +119,7 @@ def _rows(reader: FileReader, found: Iterable[OpenFile]) -> Iterator[dict[str, A
     return (row_of(reader, file) for file in found)
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @click.option("--pid", type=int, multiple=True, help="Only this process. Repeatable.")
 @listing_options
 def files(pid: tuple[int, ...], where: Where, columns: tuple[str, ...], format: str) -> None:

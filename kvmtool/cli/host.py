@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvmtool.cli.command import Sectioned
 from kvmtool.cli.listing import Listing, listing_options, opened, time_fields
 from kvmtool.cli.render import Column
 
@@ -73,7 +74,7 @@ def row_of(kvm: Kvm, found: Host) -> dict[str, Any]:
     }
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @listing_options
 def host(where: Where, columns: tuple[str, ...], format: str) -> None:
     """Print what the kernel knows of its machine: version, names, boot time, memory, processors.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from kvmtool.cli import ERROR, PARTIAL, say
+from kvmtool.cli.command import Sectioned
 from kvmtool.cli.opening import opened
 from kvmtool.cli.params import (
     ADDRESS,
@@ -27,7 +28,7 @@ KERNEL_COLUMNS = (
 )
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @click.argument("addresses", metavar="ADDRESS...", type=ADDRESS, nargs=-1, required=True)
 @format_option
 @kernel_options
@@ -72,7 +73,7 @@ def symbol(addresses: tuple[AddressExpr, ...], format: str, where: Where) -> Non
         click.get_current_context().exit(PARTIAL if rows else ERROR)
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @columns_option
 @format_option
 @kernel_options

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvmtool.cli.command import Sectioned
 from kvmtool.cli.opening import opened
 from kvmtool.cli.params import Where, core_argument, format_option, kernel_options
 from kvmtool.cli.render import Address, Column, render, render_one, visible
@@ -298,7 +299,7 @@ def _table_lines(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @format_option
 @kernel_options
 @core_argument

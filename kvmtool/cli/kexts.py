@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvmtool.cli.command import Sectioned
 from kvmtool.cli.listing import Listing, listing_options, opened
 from kvmtool.cli.render import Column
 from kvmtool.macho import uuid_text
@@ -85,7 +86,7 @@ def _rows(kvm: Kvm, report: Report) -> Iterator[dict[str, Any]]:
         yield _loaded(info, known.get(info.name))
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @listing_options
 def kexts(where: Where, columns: tuple[str, ...], format: str) -> None:
     """List the loaded kexts of a dump, as kextstat does; of a kernel file those inside it.

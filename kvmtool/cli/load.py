@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvmtool.cli.command import Sectioned
 from kvmtool.cli.listing import Listing, listing_options, opened, time_fields
 from kvmtool.cli.render import Column
 
@@ -42,7 +43,7 @@ def row_of(found: Load) -> dict[str, Any]:
     return {**row, **time_fields("boottime", found.boottime)}
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @listing_options
 def load(where: Where, columns: tuple[str, ...], format: str) -> None:
     """Print the load averages, when the kernel booted, and how many processes it had.

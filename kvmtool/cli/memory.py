@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from kvmtool.cli import PARTIAL, say
+from kvmtool.cli.command import Sectioned
 from kvmtool.cli.opening import opened
 from kvmtool.cli.params import (
     ADDRESS,
@@ -56,7 +57,7 @@ class Reading:
                     yield Piece(piece.address, why, piece.size)
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @click.argument("address", type=ADDRESS)
 @click.argument("count", type=SIZE)
 @click.option(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvmtool.cli.command import Sectioned
 from kvmtool.cli.listing import Listing, listing_options, opened
 from kvmtool.cli.render import Column
 
@@ -45,7 +46,7 @@ def row_of(mount: Mount) -> dict[str, Any]:
     return {"from": mount.from_, **row}
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @listing_options
 def mounts(where: Where, columns: tuple[str, ...], format: str) -> None:
     """List the mounted file systems, as mount does.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvmtool.cli import PARTIAL, say
+from kvmtool.cli.command import Sectioned
 from kvmtool.cli.listing import finish
 from kvmtool.cli.opening import opened
 from kvmtool.cli.params import Where, format_option, kernel_options
@@ -32,7 +33,7 @@ _COLUMNS = (
 )
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @click.argument("expression", metavar="EXPR")
 @click.option(
     "--depth",
@@ -169,7 +170,7 @@ def _show(cells: Iterator[tuple[Object, list[Natural]]], names: list[str], forma
     return unreadable
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @click.argument("expression", metavar="EXPR")
 @click.option("--next", "follow", metavar="MEMBER", help="The member with the next pointer.")
 @click.option(
@@ -209,8 +210,8 @@ def walk(
 
     \b
     Example:
-      kvmtool walk allproc --next p_list -o 'p_pid,p_comm,p_pgrp->pg_id' -N mach_kernel -M core
-      kvmtool walk tasks --container task --next tasks -o map,bsd_info -N mach_kernel -M core
+      kvmtool walk allproc --next p_list -o 'p_pid,p_pgrp' -N kernel -M core
+      kvmtool walk tasks --container task --next tasks -o map -N kernel -M core
     """
     from kvmtool.cli.natural import Forms
     from kvmtool.xnu.queues import Report

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvmtool.cli.command import Sectioned
 from kvmtool.cli.listing import Listing, listing_options, opened, time_fields
 from kvmtool.cli.render import Column, Named
 from kvmtool.unreadable import Unreadable
@@ -255,7 +256,7 @@ def _rows(
         yield row
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @click.option("--pid", type=int, multiple=True, help="Only this process. Repeatable.")
 @click.option("--pgrp", "pgid", type=int, help="Only this process group.")
 @click.option("--session", "sid", type=int, help="Only this session.")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvmtool.cli import ERROR, say
+from kvmtool.cli.command import Sectioned
 from kvmtool.cli.opening import opened
 from kvmtool.cli.params import (
     ADDRESS,
@@ -71,7 +72,7 @@ def _region(
     }
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @click.option("--physical", is_flag=True, help="Physical memory instead of the kernel's.")
 @columns_option
 @format_option
@@ -103,7 +104,7 @@ def _tables(kvm: Kvm) -> Walker:
     return tables
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @click.argument("address", type=ADDRESS)
 @format_option
 @kernel_options
@@ -182,7 +183,7 @@ def _hits(kvm: Kvm, memory: Memory, needle: bytes, step: int, physical: bool) ->
         }
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @click.argument("what", metavar="BYTES|STRING|POINTER")
 @click.option("--hex", "kind", flag_value="hex", help="BYTES as hexadecimal digits: cffaedfe.")
 @click.option("--pointer", "kind", flag_value="pointer", help="An address, as a pointer to it.")

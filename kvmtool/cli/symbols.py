@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvmtool.cli import ERROR, PARTIAL, say
+from kvmtool.cli.command import Sectioned
 from kvmtool.cli.opening import opened
 from kvmtool.cli.params import FORMATS, Where, format_option, kernel_options
 from kvmtool.nlist import N_EXT, N_STAB, N_TYPE, N_UNDF, Nlist, type_letter
@@ -69,7 +70,7 @@ def _no_symbols(kvm: Kvm) -> str:
     return kvm.symbols.hint or f"{name} has no symbol table"
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
 @click.option("--raw-value", is_flag=True, help="Print n_value as linked, without the slide.")
 @format_option
@@ -97,7 +98,7 @@ def nlist(names: tuple[str, ...], raw_value: bool, format: str, where: Where) ->
         click.get_current_context().exit(PARTIAL if rows else ERROR)
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @click.argument("pattern", required=False)
 @click.option(
     "--format",

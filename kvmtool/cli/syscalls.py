@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvmtool.cli.command import Sectioned
 from kvmtool.cli.listing import Listing, listing_options, opened
 from kvmtool.cli.render import Column, Named
 
@@ -47,7 +48,7 @@ def row_of(kvm: Kvm, call: Call) -> dict[str, Any]:
     return row
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @click.option("--traps", "only", flag_value="trap", help="Only the Mach traps.")
 @click.option("--bsd", "only", flag_value="syscall", help="Only the system calls.")
 @listing_options

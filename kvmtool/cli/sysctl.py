@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvmtool.cli.command import Sectioned
 from kvmtool.cli.listing import Listing, listing_options, opened
 from kvmtool.cli.render import Column, Named
 
@@ -64,7 +65,7 @@ def row_of(kvm: Kvm, oid: Oid) -> dict[str, Any]:
     return row
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @click.argument("name", required=False)
 @click.option("--computed", is_flag=True, help="Names whose value their handler computes, too.")
 @listing_options

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvmtool.cli.command import Sectioned
 from kvmtool.cli.listing import Listing, listing_options, opened
 from kvmtool.cli.render import Column, Named
 from kvmtool.unreadable import Unreadable
@@ -86,7 +87,7 @@ def _code(kvm: Kvm, address: Any) -> Any:
     return Named(address, str(kvm.code_at(address)))
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @click.argument("pid", required=False, type=int)
 @listing_options
 def threads(where: Where, pid: int | None, columns: tuple[str, ...], format: str) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvmtool.cli import PARTIAL, say
+from kvmtool.cli.command import Sectioned
 from kvmtool.cli.opening import opened
 from kvmtool.cli.params import SIZE, Where, format_option, kernel_options
 from kvmtool.errors import KvmError, NotFoundError, UnknownFormatError
@@ -62,7 +63,7 @@ def _others(other: str, where: Where) -> TypeTable:
         return opened(Where(kernel=other, arch=where.arch)).types
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @click.argument("words", metavar="NAME...", nargs=-1, required=True)
 @click.option("-e", "--expand", is_flag=True, help="Open the structures inside that have a name.")
 @click.option("--offset", type=SIZE, metavar="BYTES", help="Only the member that lies there.")
@@ -179,7 +180,7 @@ def _show_places(ctype: CType, offset: int, format: str) -> None:
     render(rows, (*_member_columns(), Column("into", "INTO", "number", hex)), format)
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @click.argument("pattern", required=False)
 @click.option("--kind", type=click.Choice(KINDS), multiple=True, help="Only these. Repeatable.")
 @format_option
