@@ -14,6 +14,7 @@ from kvmtool.cli import cli
 from kvmtool.types import layouts
 from tests.builders.eras import ERAS, whole
 from tests.builders.specs import P_CONTROLT, TH_RUN, TH_SUSP, TH_UNINT, TH_WAIT
+from tests.builders.stacks import CALLERS, CLOCK, CONTINUATION
 
 
 @pytest.fixture(scope="session")
@@ -54,6 +55,11 @@ def number(text):
 def function(cell):
     """(address, name) of a function in JSON."""
     return number(cell["address"]), cell["name"]
+
+
+def nanoseconds(name, ticks):
+    """Absolute time: nanoseconds on Intel."""
+    return ticks if ticks is None or "arm64" not in name else ticks * 10**9 // CLOCK
 
 
 every_era = pytest.mark.parametrize("name", ERAS)
@@ -116,9 +122,9 @@ def test_what_processes_use(name, ask):
         mapped = truth.get("maps", {}).get(row["pid"], {"size": None, "resident": None})
         assert row["text"] == used["text"]
         assert number(row["csflags"]) == used["csflags"]
-        assert (row["utime"], row["stime"]) == (used.get("utime"), used.get("stime"))
-        if row["utime"] is not None:
-            assert row["time"] == used["utime"] + used["stime"]
+        times = [nanoseconds(name, used.get(mode)) for mode in ("utime", "stime")]
+        assert [row["utime"], row["stime"]] == times
+        assert row["time"] == (None if None in times else sum(times))
         assert row["vsize"] == mapped["size"]
         resident = mapped["resident"]
         assert row["rss"] == (None if resident is None else resident * page)
@@ -128,6 +134,64 @@ def test_what_processes_use(name, ask):
         else:
             assert number(row["wchan"]["address"]) == channel
             assert row["wchan"]["name"] == channels.get(channel, "_vm_page_free_wanted")
+
+
+# threads and stacks
+
+
+@every_era
+def test_threads(name, ask):
+    built, layout = whole(name), layouts.table(name)
+    truth = built.truth
+    by_pid = {process["pid"]: process for process in truth["processes"]}
+    states = {thread: state for p in truth["processes"] for thread, state in p["threads"]}
+    found = ask(name, "threads")
+    assert [number(row["address"]) for row in found] == list(truth["threads"])
+    for row in found:
+        true = truth["threads"][number(row["address"])]
+        process = by_pid[true["pid"]]
+        assert row["command"] == (process["name"] or process["comm"])
+        assert {key: row[key] for key in ("pid", "cpu", "name", "wmesg")} == {
+            key: true[key] for key in ("pid", "cpu", "name", "wmesg")
+        }
+        assert row["tid"] == (true["tid"] if layout.has("thread", "thread_id") else None)
+        assert number(row["th_state"]) == states[number(row["address"])]
+        assert number(row["kernel_stack"]) == true["stack"]
+        assert number(row["task"]) == process["task"]
+        goes_on = row["continuation"] and function(row["continuation"])
+        assert goes_on == ((true["continuation"], CONTINUATION) if true["continuation"] else None)
+        assert row["pri"] == row["base"] == (31 if true["pid"] else 81)
+        for mode in ("user_time", "system_time"):
+            assert row[mode] == nanoseconds(
+                name, truth["timers"].get(true["address"], {}).get(mode)
+            )
+
+
+@every_era
+def test_backtraces(name, ask):
+    truth = whole(name).truth
+    for stack in ask(name, "backtrace", "--all"):
+        true = truth["threads"][number(stack["thread"])]
+        assert (stack["pid"], stack["cpu"]) == (true["pid"], true["cpu"])
+        assert [number(frame["pc"]) for frame in stack["frames"]] == true["calls"]
+        assert not stack["unreadable"]
+        if not true["stack"]:
+            assert stack["stop"] == f"no kernel stack: it goes on at {CONTINUATION}"
+            continue
+        assert [frame["name"] for frame in stack["frames"]] == [f"{f}+0x5" for f in CALLERS]
+        assert stack["stop"] == "end of the chain"
+
+
+@every_era
+def test_what_each_cpu_did(name, ask):
+    truth = whole(name).truth
+    known = truth["registers"] if name.endswith("arm64") else truth["registers"][:1]
+    found = ask(name, "backtrace")
+    assert [stack["cpu"] for stack in found] == list(range(len(known)))
+    for stack in found:
+        assert truth["threads"][number(stack["thread"])]["cpu"] == stack["cpu"]
+        assert [frame["symbol"] for frame in stack["frames"]] == list(CALLERS)
+        assert stack["origin"].startswith("registers ")
 
 
 # kexts, messages, file systems

@@ -14,20 +14,22 @@ from kvmtool.errors import FaultError
 from kvmtool.target import Record, offset_of
 from kvmtool.unreadable import Unreadable
 from kvmtool.xnu.queues import Report, walk_queue
+from kvmtool.xnu.thread import abstime_hz
 
 if TYPE_CHECKING:
     from kvmtool.target import Target
     from kvmtool.xnu.proc import Proc
 
 _THREADS = 1 << 16  # of one task
+_NANOSECOND = 1_000_000_000
 
 
 class Usage(NamedTuple):
     """What one process uses. Any field may be `Unreadable`; None: this kernel does not keep it.
 
-    `utime` and `stime` are in the kernel's absolute time (nanoseconds on x86), `vsize` and `rss`
-    in bytes; `wait_event` is what its first waiting thread waits for, an address; `textvp` the
-    vnode of its executable; `csflags` its code-signing flags.
+    `utime` and `stime` are in nanoseconds, None where the kernel does not say how fast its clock
+    runs; `vsize` and `rss` in bytes; `wait_event` is what its first waiting thread waits for, an
+    address; `textvp` the vnode of its executable; `csflags` its code-signing flags.
     """
 
     utime: Any
@@ -56,6 +58,7 @@ class UsageReader:
         self._map = _record(target, "_vm_map", {"size": ("P", "size"), "pmap": ("P", "pmap")})
         resident = offset_of(types, "pmap", "stats.resident_count", "stats")
         self._pmap = Record(target, {"resident": (resident, "I")})
+        self._hz = abstime_hz(target)
 
     def read(self, proc: Proc) -> Usage:
         """The usage of one process; a zombie uses nothing. Never raises `FaultError`."""
@@ -92,7 +95,12 @@ class UsageReader:
         if report.stops:
             torn = Unreadable(report.stops[0])
             return _added(times["user"], torn), _added(times["system"], torn), event or torn
-        return times["user"], times["system"], event
+        return self._nanoseconds(times["user"]), self._nanoseconds(times["system"]), event
+
+    def _nanoseconds(self, ticks: Any) -> Any:
+        if not isinstance(ticks, int):
+            return ticks
+        return None if self._hz is None else ticks * _NANOSECOND // self._hz
 
     def _memory(self, vm_map: Any) -> tuple[Any, Any]:
         """Bytes mapped, and bytes resident."""

@@ -13,6 +13,7 @@ from tests.builders import xnu
 from tests.builders.filesystem import FileSystem
 from tests.builders.maps import Maps
 from tests.builders.specs import SSTOP, TH_RUN, TH_SUSP, TH_UNINT, TH_WAIT, KextSpec, ProcSpec
+from tests.builders.stacks import Stacks
 from tests.builders.tables import Tables
 from tests.builders.usage import Usage
 
@@ -82,7 +83,7 @@ def kexts(arch: str) -> list[KextSpec]:
 def everything(ground: Ground) -> dict[str, Any]:
     """Every part there is."""
     files, tables = FileSystem(ground), Tables(ground)
-    truth = files.plant() | tables.traps() | tables.sysctls()
+    truth = files.plant() | tables.traps() | tables.sysctls() | Stacks(ground).plant()
     if has_sysent(ground.types.layout):
         truth |= tables.sysent()
     if ground.types.has("_vm_map"):
@@ -112,4 +113,5 @@ def whole(name: str) -> xnu.Built:
         cdevsw={3: {"d_read": driver.address + driver.hdr_size + 0x20}},
         msgbuf=MESSAGES,
         parts=[everything],
+        core=xnu.CoreShape(cpus=2 if arch == "arm64" else 1),
     )

@@ -30,6 +30,10 @@ class Ground(NamedTuple):
         """A structure, newly allocated or at `address`."""
         return Record(self.types, self.zones[zone], tag, address)
 
+    def region(self, name: str, number: int) -> Region:
+        """A region of its own, the `number`th (from 1) behind the zones."""
+        return self.memory.region(name, self.zones["kalloc"].base + 0x4000000 * number)
+
     def text(self, value: str) -> int:
         """The address of a C string."""
         data = value.encode() + b"\0"

@@ -25,6 +25,7 @@ class Usage:
         self._ground = ground
         self._files = files
         self._zone = ground.zones["thread"]
+        self._timers: dict[int, dict[str, int]] = {}
 
     def plant(self) -> dict[str, Any]:
         """For every process; the truth by pid."""
@@ -41,7 +42,7 @@ class Usage:
                 truth |= self._times(spec.pid)
                 truth |= self._channel(spec.pid, channels[spec.pid % len(channels)])
             found[spec.pid] = truth
-        return {"usage": found}
+        return {"usage": found, "timers": self._timers}
 
     def _csflags(self, pid: int, proc: Record, flags: int) -> int | None:
         types = self._ground.types
@@ -63,10 +64,11 @@ class Usage:
         task.u64("total_user_time", user)
         task.u64("total_system_time", system)
         for number, thread in enumerate(processes.threads[pid], 1):
-            self._timer(thread, "user_timer", number * 0x1_0000_0007)
-            self._timer(thread, "system_timer", number * 0x2_0000_0003)
-            user += number * 0x1_0000_0007
-            system += number * 0x2_0000_0003
+            mine, kernels = number * 0x1_0000_0007, number * 0x2_0000_0003
+            self._timer(thread, "user_timer", mine)
+            self._timer(thread, "system_timer", kernels)
+            self._timers[thread] = {"user_time": mine, "system_time": kernels}
+            user, system = user + mine, system + kernels
         return {"utime": user, "stime": system}
 
     def _timer(self, thread: int, member: str, value: int) -> None:

@@ -197,9 +197,14 @@ class _Core:
         pc = built.address("_Debugger")
         names = {"i386": ("eip", "esp"), "x86_64": ("rip", "rsp"), "arm64": ("pc", "sp")}
         counter, stack = names[built.arch]
+        known = built.truth.get("registers")
         registers = {counter: pc, stack: built.truth["kernel_task"]}
         for cpu in range(self._shape.cpus):
             state = registers if cpu == 0 else {}
+            if known is not None:
+                frame = {"i386": "ebp", "x86_64": "rbp", "arm64": "fp"}[built.arch]
+                one = known[cpu]
+                state = {counter: one["pc"], stack: one["sp"], frame: one["fp"]}
             core.thread(macho.thread_state(built.arch, **state))
 
     def _facts(self, core: macho.MachO) -> None:
