@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kvmtool.kernel_file import KernelFile
     from kvmtool.kext_file import LoadedKext
     from kvmtool.kexts import Code, Kext, Kexts, Located
-    from kvmtool.macho import MachO
+    from kvmtool.macho import MachO, Segment
     from kvmtool.memory import Memory
     from kvmtool.peel import Layer
     from kvmtool.source import Source
@@ -191,14 +191,25 @@ class MemoryHandle:
         """The kernel's or a kext's symbol that holds `address`; None outside of all of them."""
         from kvmtool.kexts import Located
 
-        kernel = self.kernel
-        inside = kernel.segment_at(address - (self.kerndisp or 0)) if kernel is not None else None
-        if inside is not None:
+        if self._kernel_segment(address) is not None:
             found = self.symbols.at(address)
             owner = self.kexts.owner(address)  # a prelinked kext lies in the kernel's segments
             if found is not None and owner is None:
                 return Located(found[0], found[1], None)
         return self.kexts.at(address)
+
+    def _kernel_segment(self, address: int) -> Segment | None:
+        """The kernel's segment that holds `address`, by where its header lies.
+
+        The slide would not do: the booter has slid the addresses in a header that is in memory.
+        """
+        kernel = self.kernel
+        if kernel is None:
+            return None
+        text = kernel.segment("__TEXT")
+        if self.boot is None or text is None:
+            return kernel.segment_at(address - (self.kerndisp or 0))
+        return kernel.segment_at(address - (self.boot.kernel_address - text.vmaddr))
 
     def code_at(self, address: int) -> Code:
         """What a pointer to code leads to, stripped of its signature."""
@@ -207,8 +218,7 @@ class MemoryHandle:
 
         found = self.symbol_at(address)
         owner = self.kexts.owner(address)
-        kernel = self.kernel
-        segment = kernel.segment_at(address - (self.kerndisp or 0)) if kernel else None
+        segment = self._kernel_segment(address)
         inside = owner is not None or (
             segment is not None and bool(segment.initprot & VM_PROT_EXECUTE)
         )

@@ -7,6 +7,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
+from kvmtool import sample
 from kvmtool.cli import cli
 from tests.inputs import DUMPS, oracle, plain_core, real, truth
 
@@ -78,3 +79,13 @@ def test_a_pointer_out_of_all_text_is_marked(tmp_path):
     assert [(row["kind"], row["major"], row["outside"]) for row in marked] == [
         ("character", 3, ["read"])
     ]
+
+
+def test_a_slid_kernel_without_its_file_has_its_own_text(tmp_path):
+    """The header in memory is slid: what lies in the kernel is no one else's for that."""
+    kernel, core = (sample.write(str(tmp_path), "machine")[i] for i in (1, 0))
+    assert rows("-M", core) == rows("-N", kernel, "-M", core)
+    assert not any(row["outside"] for row in rows("-M", core))
+    kernel, core = real("machine/x86_64-xnu-2422.115.4.mach_kernel"), real("machine/kaslr.raw")
+    assert not any(row["outside"] for row in rows("-M", core))
+    assert rows("-M", core) == rows("-N", kernel, "-M", core)
