@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from kvmtool.errors import MismatchError, NotFoundError
 from kvmtool.unreadable import Unreadable
 from kvmtool.xnu.backtrace import Unwinder, registers_of
+from kvmtool.xnu.panic import FUNCTIONS
 from kvmtool.xnu.queues import Report
 from kvmtool.xnu.thread import ThreadReader, threads
 
@@ -85,6 +86,21 @@ class Stacks:
             if thread.cpu == number:
                 return self.of(thread)
         raise NotFoundError("CPU", str(number), hint=f"known are {self._numbers()}")
+
+    def panicking(self, cpu: int | None = None, thread: int | None = None) -> Backtrace | None:
+        """The stack that runs through panic(), else that of the `thread` or `cpu` a log names.
+
+        None where nothing leads to one.
+        """
+        for stack in self.cpus():
+            if any(frame.code.symbol in FUNCTIONS for frame in stack.frames):
+                return stack
+        try:
+            if thread is not None and self._reader is not None:
+                return self.at(thread)
+            return None if cpu is None else self.cpu(cpu)
+        except NotFoundError:
+            return None
 
     def _numbers(self) -> str:
         known = {*self._sets, *(thread.cpu for thread in self._running())}

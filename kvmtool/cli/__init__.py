@@ -40,6 +40,7 @@ COMMANDS = {
     "mounts": ("mounts", "The mounted file systems, as mount shows them."),
     "nlist": ("symbols", "Look symbols up, as kvm_nlist does."),
     "print": ("objects", "The value of a C expression: structures, pointers, members."),
+    "panic": ("panic", "Why this Mac died: panic string, log, stack, kexts in it."),
     "procs": ("procs", "List the processes, as ps does."),
     "read": ("memory", "Read kernel memory."),
     "regions": ("space", "What memory there is, and what is absent."),

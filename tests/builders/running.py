@@ -19,14 +19,24 @@ if TYPE_CHECKING:
 
 STACK = 0x4000
 _BASE = {"i386": 0x22000000, "x86_64": 0xFFFFFF8070000000, "arm64": 0xFFFFFE2480000000}
-_PLACES = ("_processor_list", "_kernel_stack_size", "_gPEClockFrequencyInfo")
+_ALWAYS = ("_processor_list", "_kernel_stack_size", "_gPEClockFrequencyInfo")
+_PANIC = (
+    *("_panicstr", "_debugger_panic_str", "_debug_buf_base", "_debug_buf_ptr", "_panic_info"),
+    "_debug_buf",  # an array: the last
+)
+_PLACES = (*_ALWAYS, *_PANIC)
 _ROOM = 0x100
+_BUFFER_AT, BUFFER = 0x10000, 0x8000  # on pages of its own, whatever size they have
 
 
-def symbols(arch: str, slide: int) -> list[Sym]:
-    """`more_symbols` for `build`: where the variables of this module are."""
+def _offset(name: str) -> int:
+    return _BUFFER_AT if name == "_debug_buf" else _ROOM * _PLACES.index(name)
+
+
+def symbols(arch: str, slide: int, names: Sequence[str] = ()) -> list[Sym]:
+    """`more_symbols` for `build`: where the variables of this module are, and those of `names`."""
     base = _BASE[arch] - slide
-    return [Sym(name, base + _ROOM * place) for place, name in enumerate(_PLACES)]
+    return [Sym(name, base + _offset(name)) for name in _PLACES if name in _ALWAYS or name in names]
 
 
 class Running:
@@ -37,11 +47,9 @@ class Running:
         self.memory = built.memory
         self.wide = built.memory.width == 8
         self._region = self.memory.region("running", _BASE[built.arch])
-        self._region.alloc(_ROOM * len(_PLACES))
-        self._variables = {
-            name: _BASE[built.arch] + _ROOM * place for place, name in enumerate(_PLACES)
-        }
-        self.memory.put_pointer(self._variables["_kernel_stack_size"], STACK)
+        self._region.alloc(_BUFFER_AT + BUFFER)
+        self.variables = {name: _BASE[built.arch] + _offset(name) for name in _PLACES}
+        self.memory.put_pointer(self.variables["_kernel_stack_size"], STACK)
 
     def words(self, address: int, *values: int) -> None:
         """Pointer-sized words at `address`."""
@@ -58,14 +66,14 @@ class Running:
 
     def clock(self, hz: int) -> None:
         """gPEClockFrequencyInfo.timebase_frequency_hz."""
-        at = self._variables["_gPEClockFrequencyInfo"] + 9 * 8
+        at = self.variables["_gPEClockFrequencyInfo"] + 9 * 8
         self.memory.write(at, struct.pack("<Q", hz))
 
     def processors(self, active: Sequence[int]) -> None:
         """processor_list: one CPU for each of the threads `active`, numbered from 0."""
         size = self.layout.size("processor")
         where = [self._region.alloc(size) for _ in active]
-        self.words(self._variables["_processor_list"], where[0])
+        self.words(self.variables["_processor_list"], where[0])
         numbers = ("cpu_id", "cpu_num", "processor_data.slot_num")
         number = next((name for name in numbers if self.layout.has("processor", name)), None)
         for cpu, (at, thread) in enumerate(zip(where, active, strict=True)):
