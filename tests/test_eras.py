@@ -303,3 +303,78 @@ def test_sysctl(name, ask):
         assert function(row["handler"]) == (true["handler"], true["handler_name"])
         assert number(row["address"]) == true["address"]
         assert row["flags"][:2] == ["rd", "wr"]
+
+
+# descriptors and sockets
+
+FAMILIES = {2: "IPv4", 30: "IPv6"}
+PROTOCOLS = {6: "tcp", 17: "udp", 1: "icmp"}
+
+
+def lsof(end):
+    """An address and a port as lsof writes them."""
+    host, port = end
+    host = "*" if host in ("0.0.0.0", "::", "") else f"[{host}]" if ":" in host else host
+    return f"{host}:{port or '*'}"
+
+
+@every_era
+def test_files(name, ask):
+    truth, layout = whole(name).truth, layouts.table(name)
+    notes = ""
+    if not layout.has("inpcb"):
+        near = "did you mean unpcb, inpcbinfo, inpcbhead?"
+        notes = (
+            "kvmtool: Internet sockets have no addresses: structure inpcb not found "
+            f"({near}); types are those of {name}\n"
+        )
+    rows = ask(name, "files", stderr=notes)
+    found = {(row["pid"], row["fd"]): row for row in rows}
+    assert len(found) == len(rows)
+    for pid, used in truth["usage"].items():
+        if used["text"] is not None:
+            row = found.pop((pid, "txt"))
+            assert (row["path"], row["type"]) == (used["text"], "REG")
+    planted = truth["descriptors"]
+    assert set(found) == set(planted)
+    for key, true in planted.items():
+        row = found[key]
+        if isinstance(key[1], str):
+            assert (row["path"], row["type"]) == (true["path"], true["kind"])
+            continue
+        assert row["slot"] == true["slot"]
+        if true["slot"] == "reserved":
+            assert row["type"] is row["fileproc"] is None
+            continue
+        assert (number(row["fileproc"]), number(row["fileglob"])) == (
+            true["fileproc"],
+            true["fileglob"],
+        )
+        assert (number(row["flags"]), row["offset"]) == (true["flag"], true["offset"])
+        assert row["cloexec"] == true["cloexec"]
+        assert number(row["data"]) == true["data"]
+        if true["type"] == 1:
+            assert (row["type"], row["path"]) == (true["kind"], true["what"])
+            assert row["mount"] == max(
+                (m["on"] for m in truth["mounts"] if true["what"].startswith(m["on"])), key=len
+            )
+        elif true["type"] == 2:
+            of_socket(row, truth["sockets"][true["what"]], layout)
+        else:
+            assert row["type"] == true["what"]
+
+
+def of_socket(row, true, layout):
+    assert number(row["socket"]) == true["socket"]
+    if "unix" in true:
+        unix = true["unix"]
+        assert (row["type"], row["protocol"], row["local"]) == ("unix", "stream", unix.path)
+        assert row["state"] == ("LISTEN" if unix.listening else "CONNECTED")
+        return
+    net = true["net"]
+    assert row["type"] == FAMILIES[net.family]
+    if layout.has("inpcb"):
+        assert row["protocol"] == PROTOCOLS[net.protocol]
+        assert row["local"] == lsof(net.local)
+        assert row["remote"] == (lsof(net.foreign) if net.foreign[1] else None)
+        assert row["state"] == net.state

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from kvmtool.types import layouts
 from tests.builders import xnu
+from tests.builders.descriptors import Descriptors
 from tests.builders.filesystem import FileSystem
 from tests.builders.maps import Maps
+from tests.builders.sockets import Sockets
 from tests.builders.specs import SSTOP, TH_RUN, TH_SUSP, TH_UNINT, TH_WAIT, KextSpec, ProcSpec
 from tests.builders.stacks import Stacks
 from tests.builders.tables import Tables
@@ -88,6 +90,9 @@ def everything(ground: Ground) -> dict[str, Any]:
         truth |= tables.sysent()
     if ground.types.has("_vm_map"):
         truth |= Maps(ground).plant()
+    sockets = Sockets(ground, last_pid=71)
+    truth |= sockets.plant()
+    truth |= Descriptors(ground, files, sockets).plant()
     return truth | Usage(ground, files).plant()
 
 

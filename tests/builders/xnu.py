@@ -57,6 +57,13 @@ _SIGNED = frozenset(
         ("proc", "task"),
         ("task", "bsd_info"),
         ("thread", "task"),
+        ("task", "map"),
+        ("_vm_map", "pmap"),
+        ("processor", "active_thread"),
+        ("filedesc", "fd_ofiles"),
+        ("fileproc", "fp_glob"),
+        ("fileglob", "fg_ops"),
+        ("fileglob", "fg_data"),
         ("", "initproc"),
     }
 )
