@@ -114,6 +114,10 @@ class Stacks:
         number = place if thread is None or thread.cpu is None else thread.cpu
         return self.unwinder.of_registers(self._sets[place], thread, number)
 
+    def place_of(self, thread: int) -> int | None:
+        """Which of the container's register sets is that of the thread at `thread`, if one is."""
+        return self._of_thread.get(thread)
+
     def of(self, thread: Thread) -> Backtrace:
         """The stack of `thread`: by the registers of its CPU if it was running."""
         place = self._of_thread.get(thread.address)

@@ -25,6 +25,7 @@ COMMANDS = {
     "args": ("args", "What processes were started with: arguments and environment."),
     "backtrace": ("backtrace", "Kernel stacks: of a thread, of a process, of each CPU."),
     "convert": ("convert", "Write the memory of a core in another form."),
+    "cpus": ("cpus", "The processors, and what each was doing."),
     "dd": ("devices", "The dd line that reads an address from a mounted kmem."),
     "demo": ("demo", "Write the embedded sample, and say what to type."),
     "devsw": ("devsw", "The device switches, and which driver owns each slot."),
