@@ -53,6 +53,7 @@ COMMANDS = {
     "threads": ("threads", "List the threads: state, what each waits for, where it goes on."),
     "type": ("types", "A type's declaration, with the place of every member."),
     "types": ("types", "List the structures, unions, enums and typedefs."),
+    "vm": ("vm", "The counters of virtual memory, as vm_stat shows them."),
     "vtop": ("space", "How an address is translated to a physical one."),
     "walk": ("objects", "Walk any list of the kernel's, with members of its elements."),
 }
