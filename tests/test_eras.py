@@ -378,3 +378,33 @@ def of_socket(row, true, layout):
         assert row["local"] == lsof(net.local)
         assert row["remote"] == (lsof(net.foreign) if net.foreign[1] else None)
         assert row["state"] == net.state
+
+
+# the machine
+
+
+@every_era
+def test_host(name, ask):
+    built = whole(name)
+    truth, found = built.truth, ask(name, "host")
+    load = ("avenrun", "mach_factor")
+    planted = {key: value for key, value in truth["host"].items() if key not in load}
+    assert {key: found[key] for key in planted} == planted
+    assert (found["version"], found["osversion"]) == (truth["banner"], truth["osversion"])
+    assert found["hostname"] == truth["hostname"]
+    assert (found["arch"], found["page_size"]) == (built.arch, built.memory.page)
+    assert found["maxproc"] == truth["maxproc"]
+    assert found["uuid"] == str(uuid.UUID(bytes=truth["uuid"])).upper()
+    assert number(found["slide"]) == truth["slide"]
+    start = truth["processes"][0]["start"]
+    assert found["boottime_raw"] == list(start)
+
+
+@every_era
+def test_load(name, ask):
+    truth, found = whole(name).truth, ask(name, "load")
+    assert found["loadavg"] == [average / truth["fscale"] for average in truth["loadavg"]]
+    assert found["nprocs"] == truth["nprocs"]
+    assert found["maxproc"] == truth["maxproc"]
+    assert found["avenrun"] == [1.5, 1.25, 0.75]
+    assert found["mach_factor"] == [6.5, 7.0, 7.999]

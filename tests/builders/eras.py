@@ -12,6 +12,7 @@ from kvmtool.types import layouts
 from tests.builders import xnu
 from tests.builders.descriptors import Descriptors
 from tests.builders.filesystem import FileSystem
+from tests.builders.machine_facts import Facts
 from tests.builders.maps import Maps
 from tests.builders.sockets import Sockets
 from tests.builders.specs import SSTOP, TH_RUN, TH_SUSP, TH_UNINT, TH_WAIT, KextSpec, ProcSpec
@@ -93,7 +94,7 @@ def everything(ground: Ground) -> dict[str, Any]:
     sockets = Sockets(ground, last_pid=71)
     truth |= sockets.plant()
     truth |= Descriptors(ground, files, sockets).plant()
-    return truth | Usage(ground, files).plant()
+    return truth | Usage(ground, files).plant() | Facts(ground).plant()
 
 
 def has_sysent(layout: Any) -> bool:
