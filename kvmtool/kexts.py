@@ -121,7 +121,7 @@ def from_memory(
 
     Its symbols are there as long as the kernel kept its __LINKEDIT; `origin` says so if not.
     """
-    image, table, uuid = None, None, None
+    image, table, uuid, moved = None, None, None, 0
     try:
         image = MachO(LoadedImage(memory, address, identifier))
         uuid = image.uuid
@@ -129,7 +129,8 @@ def from_memory(
         origin = f"none: {error}"
     else:
         table, origin = _table_in_memory(image)
-    symbols = SymbolTable(table, 0, f"{identifier}: {origin}")
+        moved = _moved(table, address, size)
+    symbols = SymbolTable(table, moved, f"{identifier}: {origin}")
     return Kext(identifier, version, uuid, address, size, (), None, origin, image, symbols)
 
 
@@ -144,6 +145,16 @@ def _table_in_memory(image: MachO) -> tuple[NlistTable | None, str]:
     except (FormatError, FaultError):
         return None, "none: its symbol table is not in memory"
     return table, "own symbol table, in memory"
+
+
+def _moved(table: NlistTable | None, address: int, size: int) -> int:
+    """How far the symbols are from where they run: kxld relocates a table, not every loader does.
+
+    `_kmod_info`, which every kext has, tells: it is in the kext, or counted from its start.
+    """
+    found = table.find("_kmod_info") if table is not None else []
+    value = next((entry.n_value for entry in found if entry.defined), address)
+    return address if not address <= value < address + size and value < size else 0
 
 
 def with_loaded(known: list[Kext], loaded: Iterable[Kext]) -> list[Kext]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
 from click.testing import CliRunner
 
 import kvmtool
+from kvmtool import sample
 from kvmtool.cli import cli
 from kvmtool.unreadable import Unreadable
 from kvmtool.xnu.kext import kexts, version_string
@@ -147,3 +149,15 @@ def test_another_kext_s_file_is_left_alone(tmp_path):
     planted = truth("x86_64-10.8.5")["cdevsw"]["kext_symbols"]
     with kvmtool.open(str(tmp_path / "mach_kernel"), plain_core("x86_64-10.8.5")) as kvm:
         assert kvm.code_at(planted["_my_mmread"]).symbol is None
+
+
+def test_a_kext_in_memory_whose_symbols_its_loader_left_as_linked(tmp_path):
+    """The machine's loader slid the kext's header, not its symbols; the serial line is the truth."""
+    paths = {os.path.basename(path): path for path in sample.write(str(tmp_path), "machine")}
+    with open(paths["serial.jsonl"]) as lines:
+        said = next(row for row in map(json.loads, lines) if row["kind"] == "kext")
+    where = ("-N", paths["mach_kernel"], "-M", paths["memory.lime"])
+    found = CliRunner().invoke(cli, ["nlist", f"{said['name']}:_my_mmread", *where])
+    assert found.stdout.split()[0] == said["my_mmread"]
+    found = CliRunner().invoke(cli, ["print", "cdevsw[11].d_read", *where])
+    assert found.stdout == f"{said['my_mmread']}  {said['name']}:_my_mmread\n"

@@ -80,7 +80,7 @@ Jettisoning kernel linker.
 
 FUNCTIONS = """\
 _bcopy _bzero _copyin _copyinstr _copyout _cpu_number _current_proc _current_task _current_thread
-_devfs_make_node _devfs_remove _exit1 _falloc _fdfree _forkproc _get_bsdtask_info _hashinit _hz
+_devfs_make_node _devfs_remove _exit1 _falloc _fdfree _forkproc _get_bsdtask_info _hashinit _hzto
 _kalloc _kernel_thread _kernel_trap _kfree _kmem_alloc _kmem_free _kvtophys _lck_mtx_lock
 _lck_mtx_unlock _lo_alltraps _mach_msg_overwrite_trap _malloc _microtime _msleep _namei _pfind
 _pgfind _pmap_enter _pmap_find_phys _pmap_map _pmap_pte _printf _proc_exit _psignal _seltrue
