@@ -152,7 +152,7 @@ def test_another_kext_s_file_is_left_alone(tmp_path):
 
 
 def test_a_kext_in_memory_whose_symbols_its_loader_left_as_linked(tmp_path):
-    """The machine's loader slid the kext's header, not its symbols; the serial line is the truth."""
+    """The machine's loader slid the kext's header, not its symbols; the serial line says where."""
     paths = {os.path.basename(path): path for path in sample.write(str(tmp_path), "machine")}
     with open(paths["serial.jsonl"]) as lines:
         said = next(row for row in map(json.loads, lines) if row["kind"] == "kext")
