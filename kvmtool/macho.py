@@ -11,8 +11,6 @@ other). Source: EXTERNAL_HEADERS/mach-o/loader.h, xnu-11417.121.6.
 
 from __future__ import annotations
 
-import sys
-from array import array
 from functools import cached_property
 from struct import Struct
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -69,7 +67,7 @@ _SYMTAB = {order: Struct(order + "6I") for order in "<>"}
 SECTION_TYPE = 0x000000FF
 S_ZEROFILL, S_GB_ZEROFILL, S_THREAD_LOCAL_ZEROFILL = 0x1, 0xC, 0x12
 _ZEROFILL = frozenset((S_ZEROFILL, S_GB_ZEROFILL, S_THREAD_LOCAL_ZEROFILL))
-_BULK = 8  # this many commands of one shape in a row are worth an array
+BULK = 8  # this many commands of one shape in a row are worth an array
 
 
 class CommandRun(NamedTuple):
@@ -124,16 +122,6 @@ class Section(NamedTuple):
         return self.flags & SECTION_TYPE in _ZEROFILL
 
 
-class SegmentTable(NamedTuple):
-    """Columns of all segments, in file order (what a core with a million of them needs)."""
-
-    vmaddr: array[int]
-    vmsize: array[int]
-    fileoff: array[int]
-    filesize: array[int]
-    initprot: array[int]
-
-
 class Note(NamedTuple):
     """LC_NOTE: `size` bytes at file offset `offset`, owned by `owner`."""
 
@@ -176,8 +164,11 @@ class MachO:
 
     # load commands
 
-    @cached_property
-    def _command_bytes(self) -> bytes:
+    def command_bytes(self) -> memoryview | bytes:
+        """The load commands as they stand in the file; a view of it where it is mapped.
+
+        Not to be kept. Raises `FormatError` where they cannot be as many or as long as it says.
+        """
         if self.ncmds * 8 > self.sizeofcmds:
             raise self._bad(
                 16, f"ncmds {self.ncmds:#x} cannot fit in sizeofcmds {self.sizeofcmds:#x}"
@@ -187,12 +178,14 @@ class MachO:
             raise TruncatedError(
                 self.source.name, self.header_size, self.sizeofcmds, left, "load commands"
             )
-        return self.source.read_at(self.header_size, self.sizeofcmds)
+        view = getattr(self.source, "view", self.source.read_at)
+        found: memoryview | bytes = view(self.header_size, self.sizeofcmds)
+        return found
 
     @cached_property
     def command_runs(self) -> list[CommandRun]:
         """All load commands, equal shapes in a row as one. Every cmdsize has been checked."""
-        data, end = self._command_bytes, self.sizeofcmds
+        data, end = self.command_bytes(), self.sizeofcmds
         unpack = _COMMAND[self.byteorder].unpack_from
         runs: list[CommandRun] = []
         at, seen = 0, 0
@@ -223,19 +216,19 @@ class MachO:
         # that add a command may write it into a section that is zeroed later: where the rest is
         # zeros, what stands before it holds.
         message = f"ncmds says {self.ncmds:#x}, the load commands end after {seen:#x}"
-        rest = self._command_bytes[at : at + 8]
+        rest = self.command_bytes()[at : at + 8]
         if any(rest) or (self.filetype != MH_CORE and len(rest) < 8):
             raise self._bad(self.header_size + at, message)
         self.warnings.append(message)
 
     def commands(self, *wanted: int) -> Iterator[LoadCommand]:
         """The load commands, or only those whose cmd is one of `wanted`, in file order."""
-        data, base = self._command_bytes, self.header_size
+        data, base = self.command_bytes(), self.header_size
         for run in self.command_runs:
             if wanted and run.cmd not in wanted:
                 continue
             for offset in range(run.offset, run.offset + run.repeats * run.cmdsize, run.cmdsize):
-                body = data[offset - base : offset - base + run.cmdsize]
+                body = bytes(data[offset - base : offset - base + run.cmdsize])
                 yield LoadCommand(run.cmd, run.cmdsize, offset, body)
 
     # segments and sections
@@ -281,44 +274,6 @@ class MachO:
                 fields = layout.unpack_from(command.data, start + index * layout.size)
                 found.append(Section._make((_name(fields[0]), _name(fields[1]), *fields[2:9])))
         return tuple(found)
-
-    def segment_table(self) -> SegmentTable:
-        """The segments as columns, without an object for each."""
-        columns = SegmentTable(*(array("Q") for _ in range(5)))
-        for run in self.command_runs:
-            if run.cmd == LC_SEGMENT_64 and run.repeats >= _BULK and run.cmdsize % 8 == 0:
-                self._append_bulk(columns, run)
-            elif run.cmd in (LC_SEGMENT, LC_SEGMENT_64):
-                self._append_each(columns, run)
-        return columns
-
-    def _append_bulk(self, columns: SegmentTable, run: CommandRun) -> None:
-        if run.cmdsize < _SEGMENT[self.byteorder, True].size:
-            raise self._bad(run.offset, f"segment: cmdsize {run.cmdsize:#x}, expected 0x48")
-        start = run.offset - self.header_size
-        words = array("Q")
-        words.frombytes(self._command_bytes[start : start + run.repeats * run.cmdsize])
-        swap = (self.byteorder == "<") != (sys.byteorder == "little")
-        if swap:
-            words.byteswap()
-        step = run.cmdsize // 8
-        for column, first in zip(columns[:4], range(3, 7), strict=True):
-            column.extend(words[first::step])
-        shift = 32 if self.byteorder == "<" else 0  # maxprot and initprot share a word
-        columns.initprot.extend((word >> shift) & 0xFFFFFFFF for word in words[7::step])
-
-    def _append_each(self, columns: SegmentTable, run: CommandRun) -> None:
-        layout = _SEGMENT[self.byteorder, run.cmd == LC_SEGMENT_64]
-        if run.cmdsize < layout.size:
-            raise self._bad(
-                run.offset, f"segment: cmdsize {run.cmdsize:#x}, expected {layout.size:#x}"
-            )
-        data, start = self._command_bytes, run.offset - self.header_size
-        for at in range(start, start + run.repeats * run.cmdsize, run.cmdsize):
-            fields = layout.unpack_from(data, at)
-            for column, value in zip(columns[:4], fields[3:7], strict=True):
-                column.append(value)
-            columns.initprot.append(fields[8])
 
     # single commands
 
@@ -374,18 +329,19 @@ class MachO:
         return FormatError(self.source.name, offset, message)
 
 
-def _same_shape(data: bytes, at: int, cmdsize: int, most: int) -> int:
+def _same_shape(data: memoryview | bytes, at: int, cmdsize: int, most: int) -> int:
     """How many commands from `at` on have the cmd and cmdsize of the first (1 to `most`)."""
     most = min(most, (len(data) - at) // cmdsize)
-    word = data[at : at + 8]
-    if most < _BULK or cmdsize % 8:
+    word = bytes(data[at : at + 8])
+    if most < BULK or cmdsize % 8:
         count = 1
         while count < most and data[at + count * cmdsize : at + count * cmdsize + 8] == word:
             count += 1
         return count
-    first_words = memoryview(data)[at : at + most * cmdsize].cast("Q")[:: cmdsize // 8]
-    expected = first_words[0]
-    return next((n for n, value in enumerate(first_words) if value != expected), most)
+    heads = memoryview(data)[at : at + most * cmdsize].cast("Q")[:: cmdsize // 8].tobytes()
+    if heads == word * most:
+        return most
+    return next(n for n in range(most) if heads[8 * n : 8 * n + 8] != word)
 
 
 def _name(field: bytes) -> str:

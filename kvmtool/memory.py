@@ -11,7 +11,7 @@ import heapq
 from array import array
 from bisect import bisect_right
 from itertools import compress, islice
-from operator import gt, le, lt
+from operator import gt, lt
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from kvmtool.errors import FaultError
@@ -135,7 +135,8 @@ class RunMemory:
             starts, ends, offsets = (
                 array("Q", compress(column, held)) for column in (starts, ends, offsets)
             )
-        if not (_ascending(starts) and _disjoint(starts, ends)):
+        # a run that ends before the next begins comes before it: no run is empty any more
+        if not _disjoint(starts, ends):
             starts, ends, offsets = _first_wins(starts, ends, offsets)
         self._starts, self._ends, self._offsets = starts, ends, offsets
         self._lost = sorted(lost)
@@ -246,10 +247,6 @@ class RunMemory:
                     yield address
                     beside = step
                 at = self.source.find(needle, at + beside, stop)
-
-
-def _ascending(values: array[int]) -> bool:
-    return all(map(le, values, islice(values, 1, None)))
 
 
 def _disjoint(starts: array[int], ends: array[int]) -> bool:

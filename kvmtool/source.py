@@ -64,7 +64,7 @@ class FileSource:
         return self._map[off : off + size] if self._map is not None and size else b""
 
     def view(self, off: int, size: int) -> memoryview | bytes:
-        """As `read_at` without a copy; not to be kept, while there are views `close` fails."""
+        """As `read_at` without a copy; not to be kept: the file stays mapped as long as it."""
         if self._map is None or off < 0 or size < 0 or off + size > self.size:
             return self.read_at(off, size)
         return memoryview(self._map)[off : off + size]
@@ -77,8 +77,12 @@ class FileSource:
 
     def close(self) -> None:
         """See `Source.close`."""
-        if self._map is not None:
+        if self._map is None:
+            return
+        try:
             self._map.close()
+        except BufferError:  # a view is left, as in the traceback of an error: the map goes with it
+            self._map = None
 
 
 class BytesSource:

@@ -45,7 +45,7 @@ LAYERS = (
     (
         "containers",
         (
-            *("macho", "macho_records", "macho_names", "nlist", "formats"),
+            *("macho", "macho_records", "macho_names", "nlist", "segment_table", "formats"),
             *("peel", "chains", "threaded", "fixups", "fileset", "prelink_info"),
             *("relocation_types", "relocations"),
         ),

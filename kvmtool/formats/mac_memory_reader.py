@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from kvmtool import macho
 from kvmtool.formats.run_table import RunTable
 from kvmtool.macho import MachO
+from kvmtool.segment_table import segment_table
 
 if TYPE_CHECKING:
     from kvmtool.source import Source
@@ -46,7 +47,7 @@ class MacMemoryReader(RunTable):
         """Read the segments. Raises `FormatError`."""
         super().__init__(source)
         self.macho = MachO(source)
-        table = self.macho.segment_table()
+        table = segment_table(self.macho)
         for start, size, offset, stored in zip(
             table.vmaddr, table.vmsize, table.fileoff, table.filesize, strict=True
         ):

@@ -7,6 +7,7 @@ kdp_x86_common.c (2050..2782), osfmk/kdp/kdp_core.c and processor_core.c (3247..
 
 from __future__ import annotations
 
+import sys
 from array import array
 from itertools import repeat
 from operator import add
@@ -18,6 +19,7 @@ from kvmtool.errors import FormatError
 from kvmtool.formats import Facts, Note, Run, Thread
 from kvmtool.macho import MachO
 from kvmtool.memory import RunMemory
+from kvmtool.segment_table import segment_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,6 +33,8 @@ _KERNEL = 1  # "main bin spec" type
 _LAST = (1 << 64) - 1  # the last address
 _NOTE_LIMIT = 1 << 20  # bytes; the longest note XNU writes is under 300
 _VERSION_SIZE = 256
+
+_AT_ONCE = 1 << 16  # elements of a column
 
 
 class MachOCore:
@@ -57,7 +61,7 @@ class MachOCore:
                 source.name, 12, f"filetype {self.macho.filetype:#x}, expected 0x4 (MH_CORE)"
             )
         self.warnings: list[str] = []
-        self._table = self.macho.segment_table()
+        self._table = segment_table(self.macho)
         if not self.macho.is64 and source.size > _WRAP:
             self._unwrap()
         self.warnings += self.macho.warnings
@@ -78,8 +82,15 @@ class MachOCore:
     def _clip(self) -> list[tuple[int, int]]:
         """Cut what lies past the end of the file off the table; returns the addresses lost."""
         size = self.source.size
-        lost = []
+        lost: list[tuple[int, int]] = []
         table = self._table
+        largest = max(table.filesize, default=0)
+        if (
+            table.filesize == table.vmsize
+            and max(table.fileoff, default=0) + largest <= size
+            and max(table.vmaddr, default=0) + largest <= 1 << 64
+        ):
+            return lost
         columns = zip(table.vmaddr, table.vmsize, table.fileoff, table.filesize, strict=True)
         for index, (vmaddr, vmsize, fileoff, filesize) in enumerate(columns):
             held = min(filesize, vmsize)
@@ -112,8 +123,11 @@ class MachOCore:
     def virtual(self) -> RunMemory:
         """The kernel's address space: where segments overlap the first in the file wins."""
         table = self._table
-        # no array holds the number 2^64: of a segment that ends there the last byte is given up
-        ends = array("Q", map(min, map(add, table.vmaddr, table.filesize), repeat(_LAST)))
+        if max(table.vmaddr, default=0) + max(table.filesize, default=0) <= _LAST:
+            ends = _sums(table.vmaddr, table.filesize)
+        else:
+            # no array holds the number 2^64: of a segment that ends there the last byte is given up
+            ends = array("Q", map(min, map(add, table.vmaddr, table.filesize), repeat(_LAST)))
         return RunMemory(self.source, table.vmaddr, ends, table.fileoff, lost=self.lost)
 
     def physical(self) -> None:
@@ -230,6 +244,20 @@ _NOTE_READERS = {
     "addrable bits": MachOCore._addrable_bits,
     "load binary": MachOCore._load_binary,
 }
+
+
+def _sums(some: array[int], others: array[int]) -> array[int]:
+    """The sums of two columns none of which reaches 2^64: additions of two long numbers.
+
+    Without a carry from one element into the next they are the sums of the elements.
+    """
+    found = array("Q")
+    for start in range(0, len(some), _AT_ONCE):
+        parts = (column[start : start + _AT_ONCE].tobytes() for column in (some, others))
+        first, second = (int.from_bytes(part, sys.byteorder) for part in parts)
+        size = 8 * min(_AT_ONCE, len(some) - start)
+        found.frombytes((first + second).to_bytes(size, sys.byteorder))
+    return found
 
 
 def parse_version_string(text: bytes) -> dict[str, Any]:
