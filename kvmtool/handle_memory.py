@@ -160,6 +160,8 @@ class MemoryHandle:
 
     def nlist(self, names: Iterable[str]) -> list[Symbol | None]:
         """The symbol for each name (`kext:symbol` for a kext's), in order; None for a miss."""
+        names = list(names)
+        self.symbols.expect(len(names))
         return [self._found(name) for name in names]
 
     def near(self, name: str) -> list[str]:

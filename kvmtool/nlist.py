@@ -7,6 +7,8 @@ Source: EXTERNAL_HEADERS/mach-o/nlist.h and stab.h, xnu-11417.121.6.
 
 from __future__ import annotations
 
+from array import array
+from itertools import accumulate
 from struct import Struct
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -26,6 +28,11 @@ _ENTRY = {
     for wide in (False, True)
 }
 _NATIVE = Struct("=I")
+# n_type → 0: no stab, nothing undefined or common may be found; 1: defined; 2: and external
+_RANKS = bytes(
+    0 if kind & N_STAB or kind & N_TYPE in (N_UNDF, N_PBUD) else 1 + (kind & N_EXT)
+    for kind in range(256)
+)
 _FEW = 3  # more places in the string table than this: pass over the entries once instead
 _SCAN = 1 << 15  # entries held at a time in that pass
 
@@ -95,7 +102,7 @@ class NlistTable:
             found = self._scan(places)
         else:
             found = sorted(at for strx in places for at in self._entries_with(strx))
-        return [self._at(at, name) for at in found]
+        return [self.at(at, name) for at in found]
 
     def _scan(self, places: list[int]) -> list[int]:
         """Entries whose n_strx is one of `places`, by one pass over that column of the table."""
@@ -118,6 +125,34 @@ class NlistTable:
                     found.append(start + at)
         found.sort()
         return found
+
+    def best_by_name(self) -> dict[bytes, int]:
+        """Name → the index of the entry that it means: the first external one, else the first.
+
+        Of defined entries only, all in one pass; one whose name lies outside the string table has
+        no name to be found by.
+        """
+        size, data = self._entry.size, self._entries()
+        strings = self._source.read_at(self.stroff, self.strsize)
+        parts = strings.split(b"\0")
+        starts = accumulate(map((1).__add__, map(len, parts)), initial=0)
+        named: dict[int, bytes] = dict(zip(starts, parts, strict=False))
+        named[0] = b""  # mach-o/nlist.h: the empty name, whatever the string table begins with
+        column = array("I", memoryview(data).cast("I")[:: size // 4].tobytes())
+        if self._index.pack(1) != _NATIVE.pack(1):
+            column.byteswap()
+        names: list[bytes | None] = list(map(named.get, column))
+        ranks = data[4::size].translate(_RANKS)
+        best: dict[bytes, int] = {}
+        for rank in (1, 2):
+            for index in reversed([n for n, other in enumerate(ranks) if other == rank]):
+                name = names[index]
+                if name is None and column[index] < len(strings):  # the tail of a longer string
+                    end = strings.find(b"\0", column[index])
+                    name = strings[column[index] : end if end >= 0 else None]
+                if name:
+                    best[name] = index
+        return best
 
     def _places(self, encoded: bytes) -> list[int]:
         # A linker may store "read" as the tail of "mmread": any place that ends in NUL will do.
@@ -145,7 +180,8 @@ class NlistTable:
     def _entries(self) -> bytes:
         return self._source.read_at(self.symoff, self._table_end - self.symoff)
 
-    def _at(self, index: int, name: str) -> Nlist:
+    def at(self, index: int, name: str) -> Nlist:
+        """The entry at `index`, which is called `name`."""
         size = self._entry.size
         fields = self._entry.unpack(self._source.read_at(self.symoff + index * size, size))
         return Nlist._make((name, *fields[1:], index))
@@ -178,7 +214,7 @@ class NlistTable:
         """The entry at `index`, with its name."""
         size = self._entry.size
         raw = self._source.read_at(self.symoff + index * size, size)
-        return self._at(index, self._name_of(self._index.unpack_from(raw)[0], index))
+        return self.at(index, self._name_of(self._index.unpack_from(raw)[0], index))
 
     def _name_of(self, strx: int, index: int) -> str:
         strings = self._strings

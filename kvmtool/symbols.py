@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from kvmtool.nlist import Nlist, NlistTable
 
+_MANY = 24  # names looked for one by one before all are put in order
 _NEAR = 3
 _NEAR_POOL = 2000
 
@@ -38,6 +39,7 @@ class SymbolTable:
         self._table = table
         self.slide = slide
         self._found: dict[str, Symbol | None] = {}
+        self._best: dict[bytes, int] | None = None
         self._by_address: tuple[array[int], array[int]] | None = None
 
     def __len__(self) -> int:
@@ -74,8 +76,21 @@ class SymbolTable:
                 return found
         return None
 
+    def expect(self, count: int) -> None:
+        """That many names will be asked for: many are found sooner with all of them in order."""
+        if self._table is not None and self._best is None and count > _MANY:
+            self._best = self._table.best_by_name()
+
     def _exact(self, name: str) -> Symbol | None:
-        if name not in self._found:
+        if name in self._found:
+            return self._found[name]
+        if self._best is None:
+            self.expect(len(self._found))
+        if self._best is not None and self._table is not None:
+            index = self._best.get(name.encode("utf-8", "surrogateescape"))
+            found = None if index is None else self._slid(self._table.at(index, name))
+            self._found[name] = found
+        else:
             entries = [] if self._table is None else self._table.find(name)
             defined = [entry for entry in entries if entry.defined]
             # Statics may share a name with each other and with the one the world sees.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import struct
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmtool.errors import NotFoundError
 from kvmtool.macho import MachO
+from kvmtool.nlist import NlistTable
 from kvmtool.source import BytesSource, FileSource
 from kvmtool.symbols import SymbolTable
 from tests import inputs
@@ -247,3 +250,54 @@ def test_the_true_addresses_of_a_slid_machine():
         assert f"{symbol.n_value:#x}" == entry["addr_static"]
         assert f"{symbol.address:#x}" == entry["addr"]
     source.close()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "objects/ppc-xnu-792.25.20-kern_proc.o",
+        "kexts/i386-KernelMemoryAccess",
+        "dumps/i386-10.5.8/mach_kernel",
+        "dumps/x86_64-10.13.6/mach_kernel",
+    ],
+)
+def test_many_names_are_found_as_one_is(name):
+    """All names put in order give what a search for each gives, duplicates and tails included."""
+    table = MachO(FileSource(inputs.real(name))).symtab
+    every = sorted({symbol.name for symbol in SymbolTable(table, 0) if symbol.name})
+    few = [*every[:: max(1, len(every) // 300)], "_no_such_symbol", "", "�"]
+    many = SymbolTable(table, 0x1000)
+    many.expect(10_000)
+    for wanted in few:
+        one = SymbolTable(table, 0x1000)
+        assert many.get(wanted) == one.get(wanted), wanted
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["_read", "_mmread", "_a", ""]),
+            st.sampled_from([0x01, 0x0E, 0x0F, 0x02, 0x24, 0x64]),
+        ),
+        max_size=12,
+    ),
+    st.booleans(),
+)
+def test_of_one_name_the_same_entry_is_best(entries, tails):
+    strings, places = b" \0", {}
+    for name in ("_mmread", "_read", "_a", ""):
+        encoded = name.encode() + b"\0"
+        at = strings.find(encoded) if tails else -1
+        if at < 0:
+            at, strings = len(strings), strings + encoded
+        places[name] = at
+    data = b"".join(
+        struct.pack("<IBBhQ", places[name], kind, 1, 0, 0x100 + index)
+        for index, (name, kind) in enumerate(entries)
+    )
+    source = BytesSource(data + strings)
+    table = NlistTable(source, 0, len(entries), len(data), len(strings), "<", True)
+    many = SymbolTable(table, 0)
+    many.expect(100)
+    for name in ("_read", "_mmread", "_a", "read"):
+        assert many.get(name) == SymbolTable(table, 0).get(name)
