@@ -39,6 +39,7 @@ COMMANDS = {
     "load": ("load", "The load averages, the boot time, how many processes there are."),
     "mount": ("devices", "The kernel's memory as files: kmem, mem, symbols."),
     "mounts": ("mounts", "The mounted file systems, as mount shows them."),
+    "net": ("net", "Connections and local sockets, interfaces, routes."),
     "nlist": ("symbols", "Look symbols up, as kvm_nlist does."),
     "print": ("objects", "The value of a C expression: structures, pointers, members."),
     "panic": ("panic", "Why this Mac died: panic string, log, stack, kexts in it."),

@@ -91,9 +91,11 @@ def time_fields(name: str, value: Any) -> dict[str, Any]:
 
 
 def _missing(value: Any) -> bool:
-    """Whether a field, or something in a list, could not be read."""
+    """Whether a field, or something in a list or mapping, could not be read."""
     if isinstance(value, list):
-        return any(isinstance(item, Unreadable) for item in value)
+        return any(map(_missing, value))
+    if isinstance(value, dict):
+        return any(map(_missing, value.values()))
     return isinstance(value, Unreadable)
 
 

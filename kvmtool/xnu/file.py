@@ -21,6 +21,7 @@ from kvmtool.xnu.filedesc import (
     Slot,
     Table,
 )
+from kvmtool.xnu.interface import InterfaceNames
 from kvmtool.xnu.socket import Socket, SocketReader
 from kvmtool.xnu.vnode import Vnode, VnodeReader
 
@@ -111,7 +112,8 @@ class FileReader:
         """Compiles what this kernel's layouts have of each structure."""
         self.target = target
         types = target.types
-        self.vnodes, self.sockets = VnodeReader(target), SocketReader(target)
+        self.vnodes = VnodeReader(target)
+        self.sockets = SocketReader(target, InterfaceNames(target).by_index)
         self._tables, self._data = FiledescReader(target), DataReader(target)
         self._textvp = record(target, "proc", {"textvp": ("P", "p_textvp")})
         # xnu-8019 (macOS 12) moved close-on-exec from the table to fileproc

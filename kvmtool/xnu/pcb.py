@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kvmtool.target import Target
 
 INP_IPV4, INP_IPV6 = 0x1, 0x2  # inp_vflag
+INPCB_STATE_DEAD = 3  # inp_state: its socket is gone
 STATES = (  # t_state
     *("CLOSED", "LISTEN", "SYN_SENT", "SYN_RCVD", "ESTABLISHED", "CLOSE_WAIT", "FIN_WAIT_1"),
     *("CLOSING", "LAST_ACK", "FIN_WAIT_2", "TIME_WAIT"),
@@ -33,7 +34,8 @@ class Inpcb:
     """An Internet pcb. Any field may be `Unreadable`.
 
     `local` and `foreign` are `Endpoint`s; `versions` is "4", "6" or "46"; `protocol` is inp_ip_p,
-    which only raw sockets have; `ppcb` is the tcpcb of those of TCP, else 0.
+    which only raw sockets have; `ppcb` is the tcpcb of those of TCP, else 0. `dead` is whether it
+    only waits to be freed.
     """
 
     address: int
@@ -44,6 +46,7 @@ class Inpcb:
     socket: Any
     ppcb: Any
     flags: Any
+    dead: Any
 
 
 class InpcbReader:
@@ -77,7 +80,9 @@ class InpcbReader:
             both = ((INP_IPV4, "4"), (INP_IPV6, "6"))
             versions = "".join(text for bit, text in both if versions & bit)
         rest = {name: raw[name] for name in ("protocol", "socket", "ppcb", "flags")}
-        return Inpcb(address, local, foreign, versions, **rest)
+        dead = raw["state"]
+        dead = dead == INPCB_STATE_DEAD if isinstance(dead, int) else dead
+        return Inpcb(address, local, foreign, versions, **rest, dead=dead)
 
     def _endpoint(self, vflag: Any, address: Any, port: Any, scope: Any) -> Any:
         for value in (vflag, address, port, scope):
@@ -103,6 +108,7 @@ _INPCB = {
     "lport": ("2s", "inp_lport"),
     "ppcb": ("P", "inp_ppcb"),
     "socket": ("P", "inp_socket"),
+    "state": ("i", "inp_state"),
     "flags": ("I", "inp_flags"),
     "vflag": ("B", "inp_vflag"),
     "protocol": ("B", "inp_ip_p"),

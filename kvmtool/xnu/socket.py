@@ -42,11 +42,11 @@ KINDS = {
     AF_KEY: "key",
     AF_SYSTEM: "systm",
 }
-IPPROTO_TCP, IPPROTO_UDP = 6, 17
+IPPROTO_TCP, IPPROTO_UDP, IPPROTO_DIVERT, IPPROTO_RAW = 6, 17, 254, 255
 # pr_protocol and inp_ip_p: bsd/netinet/in.h
 PROTOCOLS = {1: "icmp", 2: "igmp", IPPROTO_TCP: "tcp", IPPROTO_UDP: "udp", 58: "icmp6"} | {
-    254: "divert",
-    255: "raw",
+    IPPROTO_DIVERT: "divert",
+    IPPROTO_RAW: "raw",
 }
 SYSTEM_PROTOCOLS = {1: "event", 2: "control"}  # SYSPROTO_EVENT, SYSPROTO_CONTROL
 
@@ -86,9 +86,14 @@ class Socket:
         )
 
     @property
+    def of_internet(self) -> bool:
+        """Whether it is of IPv4 or IPv6."""
+        return self.family in (AF_INET, AF_INET6)
+
+    @property
     def protocol_name(self) -> Any:
         """tcp, udp, icmp, …; control or event of system sockets; stream or dgram of local ones."""
-        if self.inet is not None:
+        if self.of_internet:
             return inet_protocol(self.protocol, self.inet)
         if self.family == AF_SYSTEM:
             return named(SYSTEM_PROTOCOLS, self.protocol)
@@ -99,23 +104,18 @@ class Socket:
         """The type in a word: stream, dgram, …"""
         return named(TYPES, self.type)
 
-    @property
-    def listening(self) -> bool:
-        """Whether it accepts connections."""
-        return isinstance(self.options, int) and bool(self.options & SO_ACCEPTCONN)
-
 
 def named(words: dict[int, str], number: Any) -> Any:
     """The word for a number; the number itself as text where there is none."""
     return words.get(number, str(number)) if isinstance(number, int) else number
 
 
-def inet_protocol(protocol: Any, pcb: Inpcb) -> Any:
+def inet_protocol(protocol: Any, pcb: Inpcb | None) -> Any:
     """The protocol's name; of a raw socket that of the packets it gets."""
     if protocol in (IPPROTO_TCP, IPPROTO_UDP):
         return PROTOCOLS[protocol]
-    chosen = pcb.protocol if isinstance(pcb.protocol, int) and pcb.protocol else protocol
-    return named(PROTOCOLS, chosen or 255)
+    wanted = pcb.protocol if pcb is not None and isinstance(pcb.protocol, int) else 0
+    return named(PROTOCOLS, wanted or protocol or IPPROTO_RAW)
 
 
 class SocketReader:

@@ -1,0 +1,252 @@
+"""Network interfaces and their addresses, as ifconfig(8) lists them.
+
+Source: bsd/net/if_var.h (struct ifnet, ifaddr, if_data_internal), if.h (IFF_*),
+bsd/netinet/in_var.h, bsd/netinet6/in6_var.h, xnu-1228..11417.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from kvmtool.errors import FaultError, NotFoundError
+from kvmtool.target import Record, offset_of
+from kvmtool.unreadable import Unreadable
+from kvmtool.xnu.queues import Report, walk_list
+from kvmtool.xnu.sockaddr import (
+    AF_INET,
+    AF_INET6,
+    AF_LINK,
+    guarded_sockaddr,
+    link_address,
+    netmask,
+    prefix_length,
+    sockaddr_text,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from kvmtool.target import Target
+
+_IFNAMSIZ = 16
+IFF_BROADCAST, IFF_POINTOPOINT = 0x2, 0x10
+# bsd/net/if.h: the bit, and ifconfig's word for it
+FLAGS = (
+    (0x1, "UP"),
+    (IFF_BROADCAST, "BROADCAST"),
+    (0x4, "DEBUG"),
+    (0x8, "LOOPBACK"),
+    (IFF_POINTOPOINT, "POINTOPOINT"),
+    (0x20, "SMART"),
+    (0x40, "RUNNING"),
+    (0x80, "NOARP"),
+    (0x100, "PROMISC"),
+    (0x200, "ALLMULTI"),
+    (0x400, "OACTIVE"),
+    (0x800, "SIMPLEX"),
+    (0x1000, "LINK0"),
+    (0x2000, "LINK1"),
+    (0x4000, "LINK2"),
+    (0x8000, "MULTICAST"),
+)
+FAMILIES = {AF_INET: "inet", AF_INET6: "inet6", AF_LINK: "link"}
+
+
+class Address(NamedTuple):
+    """An address of an interface. Any field may be `Unreadable`.
+
+    `family` is inet, inet6 or the family's number as text; `broadcast` is that, or the other end
+    of a point-to-point interface; `prefix` the length of `netmask`, None where that has gaps.
+    """
+
+    family: Any
+    address: Any
+    netmask: Any
+    prefix: Any
+    broadcast: Any
+    ifaddr: int
+
+
+@dataclass(frozen=True, slots=True)
+class Interface:
+    """One interface. Any field may be `Unreadable`; None says the kernel has no such thing.
+
+    `mac` is its hardware address, None if it has none; counters are packets and bytes.
+    """
+
+    address: int
+    name: Any
+    index: Any
+    flags: Any
+    mtu: Any
+    type: Any
+    mac: Any
+    addresses: list[Address]
+    ipackets: Any
+    ierrors: Any
+    ibytes: Any
+    opackets: Any
+    oerrors: Any
+    obytes: Any
+    collisions: Any
+
+    @property
+    def options(self) -> Any:
+        """`flags` in ifconfig's words."""
+        if not isinstance(self.flags, int):
+            return self.flags
+        return [word for bit, word in FLAGS if self.flags & bit]
+
+
+class InterfaceReader:
+    """Reads the interfaces of one kernel."""
+
+    def __init__(self, target: Target) -> None:
+        """Compiles what this kernel's types have of ifnet and ifaddr.
+
+        Raises `NotFoundError` for types that do not know them: built-in layouts do from 10.5 to
+        10.13, for others the kernel's own types are needed.
+        """
+        self._target = target
+        types = target.types
+        self.link = types.offset("ifnet", "if_link")
+        self._heads = types.offset("ifnet", "if_addrhead")
+        fields: dict[str, tuple[int | None, str]] = {
+            name: (types.offset("ifnet", member), code) for name, (code, member) in _IFNET.items()
+        }
+        data = types.offset("ifnet", "if_data")
+        for name, (code, member) in _IF_DATA.items():
+            inside = offset_of(types, "if_data_internal", member)
+            fields[name] = (None if inside is None else data + inside, code)
+        self._ifnet = Record(target, fields)
+        self.ifa_link = types.offset("ifaddr", "ifa_link")
+        pointers = ("ifa_addr", "ifa_netmask", "ifa_dstaddr")
+        self._ifaddr = Record(
+            target, {name: (types.offset("ifaddr", name), "P") for name in pointers}
+        )
+
+    def head(self) -> int:
+        """Where the list of interfaces begins. Raises `NotFoundError`."""
+        symbols = self._target.symbols
+        found = symbols.get("_ifnet_head") or symbols.get("_ifnet")  # the latter up to 10.6
+        if found is None:
+            raise NotFoundError("symbol", "_ifnet_head", hint=symbols.hint)
+        return found.address
+
+    def read(self, address: int, report: Report) -> Interface:
+        """The interface at `address`; where its list of addresses ends early goes to `report`."""
+        raw = self._ifnet.read(address)
+        name = self._name(raw.pop("if_name"), raw.pop("unit"))
+        mac = None
+        addresses = []
+        start = address + self._heads
+        walk = f"addresses of {name}"
+        for ifaddr in walk_list(self._target, start, self.ifa_link, walk, report):
+            one = self._address(ifaddr, raw["flags"], name)
+            if one.family != FAMILIES[AF_LINK]:
+                addresses.append(one)
+            elif mac is None:
+                mac = one.address
+        return Interface(address, name, mac=mac, addresses=addresses, **raw)
+
+    def _name(self, pointer: Any, unit: Any) -> Any:
+        for value in (pointer, unit):
+            if isinstance(value, Unreadable):
+                return value
+        try:
+            return f"{self._target.text(pointer, _IFNAMSIZ)}{unit}"
+        except FaultError as fault:
+            return Unreadable(f"{fault.reason} at {fault.address:#x}")
+
+    def _address(self, ifaddr: int, flags: Any, name: Any) -> Address:
+        raw = self._ifaddr.read(ifaddr)
+        data = guarded_sockaddr(self._target, raw["ifa_addr"])
+        if isinstance(data, Unreadable) or not data or len(data) < 2:
+            return Address(data or None, data or None, None, None, None, ifaddr)
+        family = data[1]
+        word = FAMILIES.get(family, str(family))
+        if family == AF_LINK:
+            link = link_address(data, self._target.arch.byteorder)
+            mac = str(link) if link and link.address else None
+            return Address(word, mac, None, None, None, ifaddr)
+
+        def text(data: Any) -> Any:
+            own = str(name)
+            order = self._target.arch.byteorder
+            return sockaddr_text(data, lambda _: own, order) if isinstance(data, bytes) else data
+
+        mask, prefix = self._mask(raw["ifa_netmask"], family)
+        other = None
+        if isinstance(flags, int) and flags & (IFF_BROADCAST | IFF_POINTOPOINT):
+            other = text(guarded_sockaddr(self._target, raw["ifa_dstaddr"]))
+        return Address(word, text(data), mask, prefix, other, ifaddr)
+
+    def _mask(self, pointer: Any, family: int) -> tuple[Any, Any]:
+        data = guarded_sockaddr(self._target, pointer)
+        if not isinstance(data, bytes) or family not in (AF_INET, AF_INET6):
+            return (data, data) if isinstance(data, Unreadable) else (None, None)
+        mask = netmask(data, family)
+        return "0x" + mask.hex() if family == AF_INET else None, prefix_length(mask)
+
+
+_IFNET = {
+    "if_name": ("P", "if_name"),
+    "unit": ("h", "if_unit"),
+    "index": ("H", "if_index"),
+    "flags": ("H", "if_flags"),
+}
+_IF_DATA = {
+    "type": ("B", "ifi_type"),
+    "mtu": ("I", "ifi_mtu"),
+    "ipackets": ("Q", "ifi_ipackets"),
+    "ierrors": ("Q", "ifi_ierrors"),
+    "ibytes": ("Q", "ifi_ibytes"),
+    "opackets": ("Q", "ifi_opackets"),
+    "oerrors": ("Q", "ifi_oerrors"),
+    "obytes": ("Q", "ifi_obytes"),
+    "collisions": ("Q", "ifi_collisions"),
+}
+
+
+def interfaces(target: Target, report: Report | None = None) -> Iterator[Interface]:
+    """Every interface in the kernel's order; where the walk stopped goes into `report`.
+
+    Raises `NotFoundError` for types that do not know struct ifnet, and for a kernel without the
+    symbol _ifnet_head (_ifnet up to 10.6).
+    """
+    report = report if report is not None else Report()
+    reader = InterfaceReader(target)
+    for address in walk_list(target, reader.head(), reader.link, "ifnet_head", report):
+        yield reader.read(address, report)
+
+
+class InterfaceNames:
+    """Names of interfaces by index or address, read when the first is asked for."""
+
+    def __init__(self, target: Target) -> None:
+        """Reads nothing."""
+        self._target = target
+        self._names: dict[int, str] | None = None
+
+    def _known(self) -> dict[int, str]:
+        if self._names is None:
+            self._names = {}
+            try:
+                for found in interfaces(self._target):
+                    for key in (found.index, found.address):
+                        if isinstance(key, int) and isinstance(found.name, str):
+                            self._names[key] = found.name
+            except NotFoundError:
+                pass  # numbers stand for names
+        return self._names
+
+    def by_index(self, index: int) -> str:
+        """The name, or the number where it is not known."""
+        return self._known().get(index, str(index))
+
+    def by_address(self, ifnet: Any) -> Any:
+        """The name of the struct ifnet at an address; its address where it is not known."""
+        if not isinstance(ifnet, int) or not ifnet:
+            return ifnet or None
+        return self._known().get(ifnet, f"{ifnet:#x}")
