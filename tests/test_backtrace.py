@@ -456,3 +456,11 @@ def with_threads(built, states):
                 core.thread(thread_state(built.arch, **state))
 
     return Core(built, built.shape, ()).write()
+
+
+def test_no_registers_and_no_processors(tmp_path):
+    name = "10.9.5 x86_64"
+    built, _, _ = machine(name)
+    opened(tmp_path, built, name, with_threads(built, [])).close()
+    where = ("-N", str(tmp_path / "kernel"), "-M", str(tmp_path / "core"), "--layout", name)
+    assert "name a process, or --all" in said(*where, status=1).stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import struct
 import time
 
@@ -289,6 +290,19 @@ def test_a_panic_string_that_is_missing(tmp_path):
     assert "message   ? (" in table
 
 
+def test_what_cannot_be_told_is_not_denied(tmp_path):
+    name = "10.9.5 x86_64"
+    built, running, _, _ = panicked(name)
+    running.words(running.variables["_panicstr"], 0xFFFFFF80FFFF0000)
+    running.words(running.variables["_debug_buf_ptr"], 0)
+    running.processors([built.process(1)["threads"][0][0]])
+    found = answer(*files(tmp_path, built), "--layout", name, status=3)
+    assert found["evidence"] == []
+    assert "unreadable" in found["panicked"]
+    table = said(*files(tmp_path, built), "--layout", name, status=3).stdout.split("\n")
+    assert table[0] == "panicked  not known"
+
+
 def test_what_the_log_says_does_not_reach_the_terminal(tmp_path):
     name = "10.9.5 x86_64"
     built, _, _, _ = panicked(name, text="panic(cpu 0 caller 0x1): \x1b[31mred\x1b[0m\n")
@@ -321,6 +335,31 @@ def test_an_empty_log_says_nothing():
 
 def test_calendar_before_boot_gives_no_uptime():
     assert read_log("Boot    : 0x10 0x0\nCalendar: 0x8 0x0\n").uptime is None
+
+
+@pytest.mark.parametrize("name", ["10.4.11 i386", "10.9.5 x86_64", "15.5 arm64"])
+def test_pages_missing_at_random(name, tmp_path):
+    """1 % of the pages, at least one, 50 times: every command ends, and says what is missing."""
+    built, _, _, _ = panicked(name)
+    page = built.memory.page
+    kernel_page = built.address("__mh_execute_header") & -page
+    pages = [
+        at
+        for start, content in built.runs()
+        for at in range(start, start + len(content), page)
+        if at != kernel_page
+    ]
+    partial = 0
+    for seed in range(50):
+        gone = random.Random(seed).sample(pages, max(1, len(pages) // 100))
+        where = files(tmp_path, built, built.dump(without=gone))
+        for command in ("threads", "backtrace --all", "panic"):
+            found = CliRunner().invoke(cli, [*command.split(), *where, "--layout", name])
+            assert found.exit_code in (0, 1, 3), found.output
+            assert isinstance(found.exception, (SystemExit, type(None))), found.exception
+            assert (found.exit_code == 0) == (not found.stderr) or "warning" in found.stderr
+            partial += found.exit_code == 3
+    assert partial > 0
 
 
 # corefiles

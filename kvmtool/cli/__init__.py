@@ -66,7 +66,7 @@ GROUPS = (
     ("Processes", ("procs", "args", "threads", "backtrace", "files")),
     (
         "The kernel's state",
-        ("host", "load", "dmesg", "kexts", "devsw", "syscalls", "sysctl", "mounts"),
+        ("panic", "host", "load", "dmesg", "kexts", "devsw", "syscalls", "sysctl", "mounts"),
     ),
     ("Types", ("type", "types")),
     ("Images and dumps", ("info", "kernels", "convert", "extract")),

@@ -11,6 +11,7 @@ from kvmtool.cli.command import Sectioned
 from kvmtool.cli.listing import Listing, finish, opened
 from kvmtool.cli.params import core_argument, format_option, kernel_options
 from kvmtool.cli.render import Address, Column, Named, render, visible
+from kvmtool.errors import NotFoundError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -107,9 +108,19 @@ def _chosen(
     if tid is not None:
         return [stacks.by_id(tid)]
     if which is None:
-        return stacks.cpus()
+        return _cpus(stacks)
     number = int(which, 0)
     return [stacks.at(number)] if which.lower().startswith("0x") else stacks.of_process(number)
+
+
+def _cpus(stacks: Stacks) -> list[Backtrace]:
+    found = list(stacks.cpus())
+    if not found:
+        hint = (
+            "the core has none, nor has the kernel's list of processors: name a process, or --all"
+        )
+        raise NotFoundError("registers", "of a CPU", hint=hint)
+    return found
 
 
 def _check(which: str | None, *others: object) -> None:

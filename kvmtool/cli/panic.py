@@ -129,7 +129,7 @@ def _evidence(string: Any, said: Said, stack: Backtrace | None) -> list[str]:
     from kvmtool.xnu.panic import FUNCTIONS
 
     found = []
-    if string is not None:
+    if isinstance(string, str):
         found.append("panic string")
     if said.message is not None:
         found.append("panic log")
@@ -168,7 +168,8 @@ def record_of(kvm: Kvm, found: _Found) -> dict[str, Any]:
     caller = said.caller
     frames = [*(stack.frames if stack is not None else ()), *found.printed]
     return {
-        "panicked": bool(found.evidence),
+        # without the string a panic can be shown, but not denied
+        "panicked": bool(found.evidence) or (found.format if found.format is not None else False),
         "evidence": found.evidence,
         "message": said.message,
         "format": found.format,
@@ -222,8 +223,9 @@ def _lines(kvm: Kvm, found: _Found, record: dict[str, Any]) -> Iterator[str]:
 
 def _facts(found: _Found, record: dict[str, Any]) -> Iterator[tuple[str, str]]:
     evidence = ", ".join(found.evidence)
-    yield "panicked", f"yes ({evidence})" if found.evidence else "no: no panic string, no panic log"
     string = record["format"]
+    known = f"yes ({evidence})" if evidence else "no: no panic string, no panic log"
+    yield "panicked", known if record["panicked"] in (True, False) else "not known"
     if record["message"] is not None:
         yield "message", record["message"].replace("\n", " ")
     elif string is not None:

@@ -135,10 +135,10 @@ def _around(start: int, end: int, hole: tuple[int, int] | None) -> list[tuple[in
 
 def panic_header(target: Target) -> Header | None:
     """The header before the panic log, from 10.13 on; None if there is none, or no memory of it."""
-    address = target.variable("_panic_info")
-    if not address:
-        return None
     try:
+        address = target.variable("_panic_info")
+        if not address:
+            return None
         magic = target.unsigned(address, "I")
         head = _HEADS.get(magic)
         if head is None:
