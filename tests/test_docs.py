@@ -2,7 +2,7 @@
 
 A page's ```console blocks run in order in one shell, in a folder of their own; its ```python blocks
 run there too. In a console block `$ ` begins a command and `> ` continues it; what follows is its
-output, stderr included, and is compared where it is shown: a line `...` stands for any lines, `...`
+output, then what it said on stderr, and is compared where it is shown: a line `...` stands for any lines, `...`
 inside a line for any text. A comment before a block says what is special:
 
     <!-- needs fuse -->            left out, with that reason, where there is none
@@ -129,8 +129,8 @@ def script(blocks: list[Block]) -> str:
     for block in blocks:
         for number, (command, _) in enumerate(block.commands()):
             name = f"{block.line}.{number}"
-            lines.append(f"printf '{MARK}{name}\\n'\n{{ {command}\n}} 2>&1")
-            lines.append(f"printf '{MARK}%d\\n' $?\n")
+            lines.append(f"printf '{MARK}{name}\\n'\n{{ {command}\n}} 2>\"$HOME/stderr\"")
+            lines.append(f"status=$?; cat \"$HOME/stderr\"; printf '{MARK}%d\\n' $status\n")
     return "\n".join(lines)
 
 
@@ -196,7 +196,7 @@ def test_what_is_shown_is_what_is_printed(block, ran):
         output, status = results[f"{block.line}.{number}"]
         wanted = block.exits if number == len(commands) - 1 else 0
         assert status == wanted, f"$ {command}\n{output}"
-        if shown and not re.fullmatch(pattern(shown), output):
+        if shown and not re.fullmatch(pattern(shown), output.rstrip("\n") + "\n"):
             pytest.fail(f"$ {command}\nshown:\n{shown}\nprinted:\n{output}")
 
 
