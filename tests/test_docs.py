@@ -2,8 +2,8 @@
 
 A page's ```console blocks run in order in one shell, in a folder of their own; its ```python blocks
 run there too. In a console block `$ ` begins a command and `> ` continues it; what follows is its
-output, then what it said on stderr, and is compared where it is shown: a line `...` stands for any lines, `...`
-inside a line for any text. A comment before a block says what is special:
+output, then what it said on stderr, and is compared where it is shown: a line `...` stands for any
+lines, `...` inside a line for any text. A comment before a block says what is special:
 
     <!-- needs fuse -->            left out, with that reason, where there is none
     <!-- needs data FILE... -->    files of ../shared/data, by their names there without .xz
