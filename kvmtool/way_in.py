@@ -15,7 +15,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvmtool import way_base, way_memo, way_places, way_roots
-from kvmtool.arch import x86_pages
 from kvmtool.errors import (
     MismatchError,
     NotFoundError,
@@ -81,16 +80,13 @@ def process_memory(
     """The address space under the table `root`, the same kind as the kernel's or another.
 
     An i386 kernel on a 64-bit processor runs processes on 4-level tables whatever its own are
-    (osfmk/i386/pmap.c, xnu-1228): the kind that translates `known`, an address of the process, is
-    the right one.
+    (osfmk/i386/pmap.c, xnu-1228), and an arm64 one some on pages of 4 KiB (osfmk/arm/pmap, xnu-7195
+    on): the kind that translates `known`, an address of the process, is the right one.
     """
-    modes = (way.mode, *(mode for mode in x86_pages.WALKERS if mode != way.mode))
-    if way.mode not in x86_pages.WALKERS:
-        modes = (way.mode,)
     size = BUDGET if budget is None else budget
     memories = [
-        PagedMemory(physical, way_roots.walker(physical, mode, root), space=space, budget=size)
-        for mode in modes
+        PagedMemory(physical, walker, space=space, budget=size)
+        for walker in way_roots.of_process(physical, way.mode, root)
     ]
     for memory in memories:
         if known is not None and memory.walker.walk(known).physical is not None:

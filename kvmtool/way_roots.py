@@ -47,6 +47,19 @@ def walker(physical: Memory, mode: str, root: int) -> Walker:
     return arm64_pages.Arm64(physical, root, *arm64_pages.mode_of(mode))
 
 
+def of_process(physical: Memory, mode: str, root: int) -> Iterator[Walker]:
+    """The walkers that a process's table at `root` may need under a kernel of that mode.
+
+    The kernel's own kind first. On arm64 a process has the lower half, under TTBR0.
+    """
+    if mode in x86_pages.WALKERS:
+        for kind in dict.fromkeys((mode, *x86_pages.WALKERS)):
+            yield x86_pages.WALKERS[kind](physical, root)
+        return
+    for granule, size in dict.fromkeys((arm64_pages.mode_of(mode), *arm64_pages.KERNEL_MODES)):
+        yield arm64_pages.Arm64(physical, root, granule, size, user=True)
+
+
 def of_registers(registers: Mapping[str, int]) -> Iterator[Root]:
     """By the control registers of one CPU."""
     if "cr3" in registers:

@@ -22,14 +22,15 @@ def machine(tmp_path_factory):
     """The options that open the machine of an era; its files are written once."""
     known = {}
 
-    def options(name):
+    def options(name, form):
         if name not in known:
-            folder = tmp_path_factory.mktemp("era")
+            folder = known[name] = tmp_path_factory.mktemp("era")
             built = whole(name)
             (folder / "kernel").write_bytes(built.kernel)
             (folder / "core").write_bytes(built.core)
-            known[name] = ("-N", str(folder / "kernel"), "-M", str(folder / "core"))
-        return known[name]
+        if form == "lime" and not (known[name] / form).exists():
+            (known[name] / form).write_bytes(whole(name).truth["ram"].lime())
+        return ("-N", str(known[name] / "kernel"), "-M", str(known[name] / form))
 
     return options
 
@@ -38,8 +39,8 @@ def machine(tmp_path_factory):
 def ask(machine):
     """What a command answers of an era's machine; stderr must say what is expected of it."""
 
-    def run(name, *args, status=0, stderr=""):
-        found = CliRunner().invoke(cli, [*args, "--format", "json", *machine(name)])
+    def run(name, *args, status=0, stderr="", form="core"):
+        found = CliRunner().invoke(cli, [*args, "--format", "json", *machine(name, form)])
         assert found.exit_code == status, found.output
         assert found.stderr == stderr
         return json.loads(found.stdout)
@@ -134,6 +135,24 @@ def test_what_processes_use(name, ask):
         else:
             assert number(row["wchan"]["address"]) == channel
             assert row["wchan"]["name"] == channels.get(channel, "_vm_page_free_wanted")
+
+
+@every_era
+def test_args(name, ask):
+    """What processes were started with lies in their own memory, behind their own page tables."""
+    truth = whole(name).truth
+    if "maps" not in truth:
+        pytest.skip("no structure of this release leads to a process's page table")
+    found = {row["pid"]: row for row in ask(name, "args", form="lime")}
+    assert set(found) == {process["pid"] for process in truth["processes"]}
+    for pid, true in truth["started"].items():
+        row = found[pid]
+        assert (row["path"], row["args"]) == (true["path"], true["argv"])
+        assert (row["env"], row["apple"]) == (true["env"], true["apple"])
+    rows = ask(name, "procs", "-o", "pid,path,args", form="lime")
+    assert {row["pid"]: row["args"] for row in rows} == {
+        row["pid"]: row["args"] for row in found.values()
+    }
 
 
 # threads and stacks

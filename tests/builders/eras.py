@@ -14,6 +14,7 @@ from tests.builders.descriptors import Descriptors
 from tests.builders.filesystem import FileSystem
 from tests.builders.machine_facts import Facts
 from tests.builders.maps import Maps
+from tests.builders.ram import Ram
 from tests.builders.sockets import Sockets
 from tests.builders.specs import SSTOP, TH_RUN, TH_SUSP, TH_UNINT, TH_WAIT, KextSpec, ProcSpec
 from tests.builders.stacks import Stacks
@@ -89,12 +90,13 @@ def everything(ground: Ground) -> dict[str, Any]:
     truth = files.plant() | tables.traps() | tables.sysctls() | Stacks(ground).plant()
     if has_sysent(ground.types.layout):
         truth |= tables.sysent()
+    maps = Maps(ground)
     if ground.types.has("_vm_map"):
-        truth |= Maps(ground).plant()
+        truth |= maps.plant()
     sockets = Sockets(ground, last_pid=71)
     truth |= sockets.plant()
     truth |= Descriptors(ground, files, sockets).plant()
-    return truth | Usage(ground, files).plant() | Facts(ground).plant()
+    return truth | Usage(ground, files).plant() | Facts(ground).plant() | Ram(ground, maps).plant()
 
 
 def has_sysent(layout: Any) -> bool:
@@ -108,7 +110,7 @@ def whole(name: str) -> xnu.Built:
     layout, arch = layouts.table(name), name.rpartition(" ")[2]
     slide = 0xA00000 if xnu.has_kaslr(layout) else 0
     driver = kexts(arch)[1]
-    return xnu.build(
+    built = xnu.build(
         layout,
         arch,
         PROCESSES,
@@ -121,3 +123,5 @@ def whole(name: str) -> xnu.Built:
         parts=[everything],
         core=xnu.CoreShape(cpus=2 if arch == "arm64" else 1),
     )
+    built.truth["ram"].finish(built)
+    return built

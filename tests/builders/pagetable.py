@@ -58,14 +58,19 @@ KERNEL_RIGHTS = Rights()
 class Tables:
     """A page table of one mode, and the memory it lies in."""
 
-    def __init__(self, mode: str, size: int, memory: bytearray | None = None) -> None:
-        """`size` bytes of physical memory from address 0 on; or another table's memory."""
+    def __init__(
+        self, mode: str, size: int, memory: bytearray | None = None, below: int | None = None
+    ) -> None:
+        """`size` bytes of physical memory from address 0 on; or another table's memory.
+
+        Tables are taken from `below` downwards, by default from the end.
+        """
         self.mode = mode
         self.levels, self.entry_size = MODES[mode]
         self.arm = mode in ARM64
         self.page = 1 << self.levels[-1][0]
         self.memory = bytearray(size) if memory is None else memory
-        self.next = len(self.memory)
+        self.next = len(self.memory) if below is None else below
         self.root = self.table()
 
     def table(self) -> int:
