@@ -57,6 +57,7 @@ COMMANDS = {
     "vm": ("vm", "The counters of virtual memory, as vm_stat shows them."),
     "vtop": ("space", "How an address is translated to a physical one."),
     "walk": ("objects", "Walk any list of the kernel's, with members of its elements."),
+    "zones": ("zones", "The zones of the kernel's allocator, as zprint shows them."),
 }
 
 # heading in the help -> its commands

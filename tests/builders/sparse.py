@@ -110,7 +110,7 @@ class Sparse:
         for region in self.memory.regions:
             for at in range(0, len(region.data), page):
                 if (region.base + at) // page not in absent:
-                    runs[region.base + at] = bytes(region.data[at : at + page])
+                    runs[region.base + at] = bytes(region.data[at : at + page].ljust(page, b"\0"))
         va_bits = 47 if self.arch.name == "arm64" else None
         return Target(self.arch, memory_of(runs), _Symbols(self.symbols), self.layout, va_bits)  # type: ignore[arg-type]
 
