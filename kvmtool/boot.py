@@ -109,7 +109,9 @@ class Finder:
             boot = self._verify(candidate, force)
             if boot is not None:
                 return boot
-        raise self._nothing_found()
+        error = self._nothing_found()
+        error.tried = tuple(self.rejected)
+        raise error
 
     def at_slide(self, slide: int) -> Boot:
         """The place a user's --slide names: taken as said, verified only to be able to warn."""

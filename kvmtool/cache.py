@@ -13,6 +13,12 @@ import os
 import struct
 import sys
 import zlib
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 LIMIT = 1 << 30  # bytes that all entries may take together
 
@@ -20,6 +26,19 @@ _SUFFIX = ".kvmcache"  # files without it are not ours, and never removed
 _HEADER = struct.Struct("<8sQI")  # magic and version, payload bytes, CRC-32 of the payload
 _MAGIC = b"KVMCACH1"
 _LETTERS = frozenset("0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ._-")
+
+
+_watcher: ContextVar[Callable[[str, bool], None] | None] = ContextVar("kvmtool.cache", default=None)
+
+
+@contextmanager
+def watching(watcher: Callable[[str, bool], None]) -> Iterator[None]:
+    """Inside of this, `watcher` is told what kind of entry is looked for, and if it is there."""
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
 
 
 def directory() -> str | None:
@@ -46,6 +65,14 @@ def path_for(kind: str, key: str) -> str | None:
 
 def load(kind: str, key: str) -> bytes | None:
     """The bytes stored as `key` of `kind`, whole and undamaged, or None."""
+    payload = _load(kind, key)
+    watcher = _watcher.get()
+    if watcher is not None:
+        watcher(kind, payload is not None)
+    return payload
+
+
+def _load(kind: str, key: str) -> bytes | None:
     path = path_for(kind, key)
     if path is None:
         return None

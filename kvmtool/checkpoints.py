@@ -8,15 +8,22 @@ costs at most the distance between two states.
 from __future__ import annotations
 
 from bisect import bisect_right
-from typing import Generic, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, Self, TypeVar
+
+from kvmtool import progress
+
+if TYPE_CHECKING:
+    from kvmtool.source import Source
 
 CHUNK = 1 << 20  # decoded bytes that are cached together
 
 
 class Cursor(Protocol):
-    """A decoder at some place of its stream; `out` is how many bytes it has decoded so far."""
+    """A decoder at some place of its stream: at `pos` of `parent`, having decoded `out` bytes."""
 
     out: int
+    pos: int
+    parent: Source
 
     def copy(self) -> Self:
         """Another decoder at the same place."""
@@ -54,6 +61,7 @@ class Checkpoints(Generic[C]):
         """
         while not self.ended and (end is None or self._frontier.out < end):
             chunk = self._take(self._frontier)
+            progress.step("decoding", self._frontier.pos, self._frontier.parent.size)
             if len(chunk) < CHUNK:
                 self.ended = True
             elif self._frontier.out - self._states[-1].out >= self._spacing:
@@ -61,6 +69,7 @@ class Checkpoints(Generic[C]):
                 if len(self._states) > self._max_states:
                     del self._states[1::2]
                     self._spacing *= 2
+        progress.end("decoding")
         return self._frontier.out
 
     def read(self, off: int, size: int) -> bytes:

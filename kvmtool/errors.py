@@ -25,7 +25,12 @@ if TYPE_CHECKING:
 
 
 class KvmError(Exception):
-    """Root of everything kvmtool raises on purpose."""
+    """Root of everything kvmtool raises on purpose.
+
+    `tried` is what was tried before, and why it would not do: one sentence each.
+    """
+
+    tried: tuple[str, ...] = ()
 
 
 class KvmWarning(UserWarning):

@@ -13,7 +13,7 @@ import os
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from kvmtool import cache
+from kvmtool import cache, progress
 
 if TYPE_CHECKING:
     from kvmtool.source import Source
@@ -56,6 +56,7 @@ class IndexedGzip:
                 self.size = int(file.size())
             else:
                 self.size = int(file.seek(0, io.SEEK_END))
+                progress.end("indexing gzip")
                 _compare_isize(parent, self.size)
                 if key is not None:
                     index = io.BytesIO()
@@ -98,6 +99,7 @@ class _File(io.RawIOBase):
     def __init__(self, source: Source) -> None:
         self._source = source
         self._at = 0
+        self._listener = progress.listener()  # rapidgzip reads in threads of its own
 
     def readable(self) -> bool:
         return True
@@ -117,4 +119,6 @@ class _File(io.RawIOBase):
         left = max(0, self._source.size - self._at)
         data = self._source.read_at(self._at, left if size < 0 else min(size, left))
         self._at += len(data)
+        if self._listener is not None:
+            self._listener(progress.Step("indexing gzip", self._at, self._source.size))
         return data

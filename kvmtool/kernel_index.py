@@ -15,7 +15,7 @@ import struct
 import zlib
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from kvmtool import cache, macho
+from kvmtool import cache, macho, progress
 from kvmtool.errors import FormatError, KvmError
 from kvmtool.macho import MachO
 from kvmtool.source import FileSource
@@ -143,6 +143,7 @@ def survey(paths: Sequence[str], openers: Sequence[Opener] = ()) -> Survey:
     walk = _Walk(openers)
     for root in map(os.path.abspath, paths):
         walk.root(root)
+    progress.end("looking for kernels")
     return Survey(walk.known, walk.files, walk.opened, walk.unreadable, walk.problems, walk.stopped)
 
 
@@ -161,6 +162,7 @@ class _Walk:
         after: dict[str, _Seen] = {}
         for path, status in self._regular_files(root):
             self.files += 1
+            progress.step("looking for kernels", self.files, 0, "files")
             found = before.get(path)
             if found is None or (found.mtime, found.size) != (status.st_mtime_ns, status.st_size):
                 known = self._look(path)

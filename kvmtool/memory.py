@@ -14,6 +14,7 @@ from itertools import compress, islice
 from operator import gt, lt
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from kvmtool import progress
 from kvmtool.errors import FaultError
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from kvmtool.source import Source
 
 ADDRESS_LIMIT = 1 << 64
+_FIND_PIECE = 64 << 20  # bytes searched between two words about how far it is
 ZERO_FILL = (1 << 64) - 1  # the offset of bytes that the image defines as zero (its bss)
 
 
@@ -239,14 +241,26 @@ class RunMemory:
             if offset == ZERO_FILL:
                 continue
             stop = offset + end - start
-            at = self.source.find(needle, offset, stop)
+            at = self._find(needle, offset, stop)
             while at >= 0:
                 address = start + at - offset
                 beside = -address % step
                 if beside == 0:
                     yield address
                     beside = step
-                at = self.source.find(needle, at + beside, stop)
+                at = self._find(needle, at + beside, stop)
+        progress.end("searching")
+
+    def _find(self, needle: bytes, start: int, stop: int) -> int:
+        """`Source.find`, telling how far it is."""
+        while start + len(needle) <= stop:
+            progress.step("searching", start, self.source.size)
+            end = min(start + _FIND_PIECE + len(needle) - 1, stop)
+            at = self.source.find(needle, start, end)
+            if at >= 0:
+                return at
+            start += _FIND_PIECE
+        return -1
 
 
 def _disjoint(starts: array[int], ends: array[int]) -> bool:

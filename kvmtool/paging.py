@@ -12,6 +12,7 @@ from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
+from kvmtool import progress
 from kvmtool.arch.pages import ABSENT, permissions
 from kvmtool.errors import FaultError
 from kvmtool.memory import Piece, Region, RunMemory
@@ -326,11 +327,14 @@ class PagedMemory:
 
     def find(self, needle: bytes, step: int = 1) -> Iterator[int]:
         """Addresses of `needle` that are multiples of `step` bytes; pages may lie apart."""
+        passed = 0
         for region in self.regions():
             carry = b""
             end = region.start + region.size
             for start in range(region.start, end, _PIECE):
                 data = carry + self.read(start, min(_PIECE, end - start))
+                passed += len(data)
+                progress.step("searching", passed, 0)
                 first = start - len(carry)
                 at = data.find(needle)
                 while at >= 0:
@@ -340,6 +344,7 @@ class PagedMemory:
                         beside = step
                     at = data.find(needle, at + beside)
                 carry = data[len(data) - len(needle) + 1 :] if len(needle) > 1 else b""
+        progress.end("searching")
 
 
 def _continues(before: Mapping, after: Mapping) -> bool:

@@ -122,7 +122,9 @@ def find_way(
     if way is None:
         way = _remembered(search, known) if remember else search.thorough()
     if way is None:
-        raise search.failure()
+        error = search.failure()
+        error.tried = tuple(search.rejected)
+        raise error
     return way._replace(rejected=tuple(search.rejected))
 
 

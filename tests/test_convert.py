@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import os
 import re
 import resource
@@ -397,29 +396,3 @@ def test_usage_errors(machine: list[str], tmp_path: Any) -> None:
     assert "name one with -M" in run("convert", out, "--to", "raw", status=2).stderr
     assert "physical memory" in run("convert", out, "--to", "raw", *machine, status=1).stderr
     assert os.listdir(tmp_path) == []
-
-
-class Terminal(io.StringIO):
-    """A stderr that a person looks at."""
-
-    def isatty(self) -> bool:
-        return True
-
-
-@pytest.mark.parametrize(
-    ("stream", "long", "shown"),
-    [(Terminal, -1.0, True), (Terminal, 60.0, False), (io.StringIO, -1.0, False)],
-)
-def test_progress_is_for_a_person_who_waits(
-    stream: type[io.StringIO], long: float, shown: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from kvmtool.cli import convert as command
-
-    monkeypatch.setattr(command, "_LONG", long)
-    monkeypatch.setattr("sys.stderr", stream())
-    with command.Progress() as progress:
-        for done in range(0x10):
-            progress(done + 1, 0x10)
-    text = command.sys.stderr.getvalue()
-    assert ("100%" in text) is shown
-    assert bool(text) is shown

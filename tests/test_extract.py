@@ -18,7 +18,7 @@ import pytest
 from click.testing import CliRunner
 
 import kvmtool
-from kvmtool import cli, nlist_writer
+from kvmtool import cli, nlist_writer, progress
 from kvmtool.cli import extract as command
 from kvmtool.errors import FaultError, FormatError, KvmError, TruncatedError, UnsupportedError
 from kvmtool.fixups import has_fixups
@@ -916,11 +916,9 @@ def test_the_mode_is_that_of_a_new_file(extract, kernel_path, tmp_path):
     assert len(modes) == 1
 
 
-def test_progress_is_for_people_who_wait(monkeypatch, capsys):
+def test_how_far_it_is_is_told():
+    heard = []
     pieces = [b"x" * 10] * 5
-    assert list(command._watched(pieces, 50)) == pieces
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr(command, "_LONG", -1.0)
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    assert list(command._watched(pieces, 50)) == pieces
-    assert "100%" in capsys.readouterr().err
+    with progress.listening(heard.append):
+        assert list(command._watched(pieces, 50)) == pieces
+    assert [step[:3] for step in heard[:5]] == [("writing", n, 50) for n in (10, 20, 30, 40, 50)]

@@ -7,16 +7,22 @@ This is the one place where an error becomes a line on stderr and an exit status
 from __future__ import annotations
 
 import errno
+import sys
 import warnings
+from contextlib import contextmanager
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvmtool import __version__
+from kvmtool import __version__, progress
 from kvmtool.cli.command import write_options
-from kvmtool.cli.params import Where, kernel_options
+from kvmtool.cli.params import VERBOSE, Where, kernel_options
+from kvmtool.cli.stderr import say as say
 from kvmtool.errors import ExpressionError, KvmError, KvmWarning
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ERROR, USAGE, PARTIAL = 1, 2, 3
 
@@ -146,11 +152,19 @@ class Commands(click.Group):
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
+        with _watched():
+            return self._translated(ctx)
+
+    def _translated(self, ctx: click.Context) -> Any:
+        """The command; its errors as a line each."""
         try:
             return super().invoke(ctx)
         except ExpressionError as error:
             raise Misunderstood(error, str(error)) from error
         except KvmError as error:
+            if ctx.meta.get(VERBOSE):
+                for text in error.tried:
+                    say(f"rejected: {text}")
             raise Failure(error, str(error)) from error
         except OSError as error:
             if error.errno == errno.EPIPE:
@@ -172,11 +186,20 @@ def _no_command(name: str) -> str:
     return f"no command {name!r}: kvmtool --help lists them"
 
 
-def say(message: str) -> None:
-    """One line on stderr, with the program's name."""
-    from kvmtool.cli.render import visible
+@contextmanager
+def _watched() -> Iterator[None]:
+    """Show how far the command is, on a terminal; whatever ends it, the line is taken away."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from kvmtool.cli.progress_line import ProgressLine
 
-    click.echo(f"kvmtool: {visible(message)}", err=True)
+    line = ProgressLine()
+    try:
+        with progress.listening(line):
+            yield
+    finally:
+        line.clear()
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:

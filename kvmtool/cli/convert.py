@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
-from contextlib import ExitStack
-from time import monotonic
-from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvmtool import progress
 from kvmtool.cli import say
 from kvmtool.cli.command import Sectioned
 from kvmtool.cli.extract import check_out
@@ -18,9 +15,6 @@ from kvmtool.cli.params import Where, kernel_options
 from kvmtool.convert import TARGETS
 from kvmtool.convert import convert as convert_memory
 
-if TYPE_CHECKING:
-    from types import TracebackType
-
 _ENDINGS = {
     ".core": "macho-core",
     ".macho": "macho-core",
@@ -28,7 +22,6 @@ _ENDINGS = {
     ".elf": "elf",
     ".raw": "raw",
 }
-_LONG = 1.0  # seconds after which a person wants to see how far it is
 
 
 @click.command(cls=Sectioned)
@@ -62,14 +55,17 @@ def convert(out: str, target: str | None, physical: bool, overwrite: bool, where
         say(f"{out}: {target}, by its ending")
     check_out(out, overwrite, where)
     kvm = opened(where)
-    with Progress() as progress:
-        made = convert_memory(
-            kvm, out, target, physical=physical, overwrite=overwrite, progress=progress
-        )
+    made = convert_memory(
+        kvm, out, target, physical=physical, overwrite=overwrite, progress=_written
+    )
     click.echo(
         f"wrote {click.format_filename(out)}: {made.target}, {made.held:#x} bytes of "
         f"{made.space} memory in {made.regions} regions"
     )
+
+
+def _written(done: int, total: int) -> None:
+    progress.step("writing", done, total)
 
 
 def _by_ending(out: str) -> str:
@@ -78,30 +74,3 @@ def _by_ending(out: str) -> str:
         every = ", ".join(TARGETS)
         raise click.UsageError(f"{out}: no ending that says what it is to be; --to one of {every}")
     return target
-
-
-class Progress:
-    """Told bytes done and bytes in all; a person at a terminal sees it when it takes long."""
-
-    def __init__(self) -> None:
-        self._stack, self._start = ExitStack(), monotonic()
-        self._bar: Any = None
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stack.close()
-
-    def __call__(self, done: int, total: int) -> None:
-        """See `Conversion.write`."""
-        if self._bar is not None:
-            self._bar.update(done - self._bar.pos)
-        elif sys.stderr.isatty() and monotonic() - self._start > _LONG:
-            self._bar = self._stack.enter_context(click.progressbar(length=total, file=sys.stderr))
-            self._bar.update(done)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import stat
-import sys
-from contextlib import ExitStack, closing, suppress
-from time import monotonic
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING
 
 import click
 
+from kvmtool import progress
 from kvmtool.cli import PARTIAL, say
 from kvmtool.cli.command import Sectioned
 from kvmtool.cli.opening import opened
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from kvmtool.source import Source
 
 _CHUNK = 1 << 20  # bytes held at a time
-_LONG = 1.0  # seconds after which a person wants to see how far it is
 
 
 @click.group()
@@ -273,14 +271,10 @@ def write_out(out: str, overwrite: bool, pieces: Iterable[bytes], size: int) -> 
 
 
 def _watched(pieces: Iterable[bytes], size: int) -> Generator[bytes]:
-    """`pieces`; when they take long, a person at a terminal sees how far they are."""
-    start, done, bar = monotonic(), 0, None
-    with ExitStack() as stack:
-        for piece in pieces:
-            yield piece
-            done += len(piece)
-            if bar is not None:
-                bar.update(len(piece))
-            elif sys.stderr.isatty() and monotonic() - start > _LONG:
-                bar = stack.enter_context(click.progressbar(length=size, file=sys.stderr))
-                bar.update(done)
+    """`pieces`, telling how far they are."""
+    done = 0
+    for piece in pieces:
+        yield piece
+        done += len(piece)
+        progress.step("writing", done, size)
+    progress.end("writing")

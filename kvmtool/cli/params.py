@@ -173,7 +173,12 @@ def kernel_options(command: Command) -> Command:
     @functools.wraps(command)
     def with_where(*args: Any, **kwargs: Any) -> Any:
         ctx = click.get_current_context()
-        ctx.meta[VERBOSE] = kwargs.pop("verbose") or ctx.meta.get(VERBOSE, False)
+        if kwargs.pop("verbose") and not ctx.meta.get(VERBOSE):
+            from kvmtool import cache
+            from kvmtool.cli.verbose import explain_cache
+
+            ctx.meta[VERBOSE] = True
+            ctx.find_root().with_resource(cache.watching(explain_cache))
         if kwargs.pop("pager"):
             from kvmtool.cli.pager import start_pager
 

@@ -34,6 +34,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TextIO, TypeAlias
 
+from kvmtool import progress
 from kvmtool.cli.tables import GAP, Table, pad, width_of
 from kvmtool.unreadable import Unreadable
 
@@ -85,7 +86,15 @@ def render(
     `format` is one of `kvmtool.cli.params.FORMATS`; json is one array, jsonl an object a line.
     Raises what `rows` and `out` raise (BrokenPipeError included), KeyError for another format.
     """
-    _WRITERS[format](rows, columns, _stdout() if out is None else out)
+    _WRITERS[format](_alone(rows), columns, _stdout() if out is None else out)
+
+
+def _alone(rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows; what shows how far they are goes before one is written."""
+    for row in rows:
+        progress.pause()
+        yield row
+    progress.pause()
 
 
 def render_one(

@@ -13,7 +13,7 @@ import os
 from struct import Struct
 from typing import TYPE_CHECKING, NamedTuple
 
-from kvmtool import cache
+from kvmtool import cache, progress
 from kvmtool.errors import FormatError
 from kvmtool.source import FileSource
 
@@ -153,7 +153,9 @@ def _limited(view: Source, packed: Packed, limit: int) -> Iterator[bytes]:
         if total > limit:
             message = f"{packed.layer.name}: decodes to more than {limit:#x} bytes"
             raise FormatError(view.name, packed.off, message)
+        progress.step("unpacking", total, packed.claim or 0)
         yield piece
+    progress.end("unpacking")
 
 
 def _kept(key: str) -> Decoded | None:
