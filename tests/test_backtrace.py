@@ -464,3 +464,106 @@ def test_no_registers_and_no_processors(tmp_path):
     opened(tmp_path, built, name, with_threads(built, [])).close()
     where = ("-N", str(tmp_path / "kernel"), "-M", str(tmp_path / "core"), "--layout", name)
     assert "name a process, or --all" in said(*where, status=1).stderr
+
+
+REGISTERS = {
+    "i386": ("eip", "esp", "ebp"),
+    "x86_64": ("rip", "rsp", "rbp"),
+    "arm64": ("pc", "sp", "fp"),
+}
+
+
+def started(tmp_path, name, prepare):
+    """The stack of a CPU that runs the thread, with the registers that `prepare` gives."""
+    built, running, thread = machine(name)
+    stack = running.stack(thread, calls(built, "_f0", "_f1", "_f2"))
+    running.processors([thread])
+    registers = dict(zip(REGISTERS[built.arch], prepare(built, running, stack), strict=True))
+    with opened(tmp_path, built, name, with_threads(built, [registers])) as handle:
+        (found,) = Stacks(handle).cpus()
+    assert found.thread.address == thread
+    return found
+
+
+@pytest.mark.parametrize("name", ["10.5.8 i386", "10.9.5 x86_64", "15.5 arm64"])
+def test_from_an_interrupts_stack_to_the_threads_own(name, tmp_path):
+    """Interrupts have a stack of their own; its first frame leads back, wherever that lies."""
+
+    def prepare(built, running, stack):
+        own = running._region.alloc(0x1000, 0x1000)
+        frames = own + 0x100, own + 0x140
+        running.words(frames[0], frames[1], calls(built, "_f3")[0])
+        running.words(frames[1], running.frame(stack, 0), calls(built, "_f4")[0])
+        return calls(built, "_kernel_trap")[0], frames[0] - 16, frames[0]
+
+    found = started(tmp_path, name, prepare)
+    assert symbols_in(found) == ["_kernel_trap", "_f3", "_f4", "_f1", "_f2"]
+    assert found.stop == "end of the chain"
+
+
+@pytest.mark.parametrize("name", ["10.5.8 i386", "10.9.5 x86_64", "15.5 arm64"])
+def test_frames_far_from_each_other_on_an_unknown_stack(name, tmp_path):
+    far = []
+
+    def prepare(built, running, stack):
+        own = running._region.alloc(0x1000, 0x1000)
+        far.append(own + 0x800000)
+        running.words(own + 0x100, far[0], calls(built, "_f3")[0])
+        return calls(built, "_f4")[0], own + 0xF0, own + 0x100
+
+    found = started(tmp_path, name, prepare)
+    assert symbols_in(found) == ["_f4", "_f3"]
+    assert found.stop.startswith(f"frame pointer {far[0]:#x} is too far from")
+
+
+@pytest.mark.parametrize("name", ["10.5.8 i386", "10.9.5 x86_64", "15.5 arm64"])
+def test_a_cpu_that_ran_into_the_weeds(name, tmp_path):
+    def prepare(built, running, stack):
+        return stack, running.frame(stack, 0) - 16, running.frame(stack, 0)
+
+    found = started(tmp_path, name, prepare)
+    assert [frame.code.inside for frame in found.frames] == [False]
+    assert "lies in no known text" in found.stop
+
+
+@pytest.mark.parametrize("name", ERAS)
+def test_a_stack_without_saved_registers(name, tmp_path):
+    built, running, thread = machine(name)
+    stack = running.stack(thread, calls(built, "_f0", "_f1"))
+    built.memory.write(stack + STACK - 0x80, bytes(0x80))
+    with opened(tmp_path, built, name) as handle:
+        found = walked(handle, thread)
+    assert found.stop == f"no saved registers at the top of the stack {stack:#x}"
+    assert found.frames == ()
+
+
+def test_registers_saved_elsewhere_are_not_believed(tmp_path):
+    name = "15.5 arm64"
+    built, running, thread = machine(name)
+    stack = running.stack(thread, calls(built, "_f0", "_f1"))
+    running.words(thread + layouts.table(name).offset("thread", "machine.kstackptr"), stack - 0x70)
+    with opened(tmp_path, built, name) as handle:
+        assert "no saved registers" in walked(handle, thread).stop
+
+
+@pytest.mark.parametrize("size", [0, 0x1234, 1 << 40])
+def test_a_stack_size_that_cannot_be_one(size, tmp_path):
+    name = "10.9.5 x86_64"
+    built, running, thread = machine(name)
+    running.stack(thread, calls(built, "_f0", "_f1"))
+    running.words(running.variables["_kernel_stack_size"], size)
+    with opened(tmp_path, built, name) as handle:
+        assert symbols_in(walked(handle, thread)) == ["_f0", "_f1"]
+
+
+def test_a_thread_whose_page_is_missing(tmp_path):
+    name = "10.9.5 x86_64"
+    built, _, thread = machine(name)
+    at = thread + layouts.table(name).offset("thread", "kernel_stack")
+    with opened(tmp_path, built, name, built.dump(without=[at])) as handle:
+        stacks = Stacks(handle, Report())
+        cut = [stacks.of(t) for t in stacks.threads if t.address == thread]
+    for stack in cut:
+        assert stack.unreadable
+        assert stack.stop.startswith("its stack is not known: ")
+    assert cut
