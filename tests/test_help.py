@@ -6,7 +6,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from kvmtool.cli import COMMANDS, GROUPS, Commands, cli
+from kvmtool.cli import COMMANDS, GROUPS, Commands, cli, groups
 from kvmtool.cli.command import Sectioned
 
 WIDTH = 80
@@ -44,13 +44,13 @@ def test_help_has_an_example_and_fits_a_small_terminal(words):
 
 
 def test_every_command_stands_in_one_group():
-    placed = [name for _, names in GROUPS for name in names]
+    placed = " ".join(GROUPS.values()).split()
     assert sorted(placed) == sorted(COMMANDS)
 
 
 def test_the_groups_stand_in_the_help_with_a_line_for_each_command():
     lines = helped().splitlines()
-    for heading, names in GROUPS:
+    for heading, names in groups():
         at = lines.index(f"{heading}:")
         told = lines[at + 1 : lines.index("", at)]
         assert [line.split()[0] for line in told] == list(names)

@@ -66,27 +66,24 @@ COMMANDS = {
     "zones": ("zones", "The zones of the kernel's allocator, as zprint shows them."),
 }
 
-# heading in the help -> its commands
-GROUPS = (
-    ("Look up", ("nlist", "symbols", "symbol")),
-    ("Read memory", ("read", "print", "walk", "search", "regions", "vtop")),
-    ("Processes", ("procs", "args", "threads", "backtrace", "files")),
-    (
-        "The kernel's state",
-        ("panic", "host", "load", "dmesg", "kexts", "devsw", "syscalls", "sysctl", "mounts"),
-    ),
-    ("Types", ("type", "types")),
-    ("Images and dumps", ("info", "kernels", "convert", "extract")),
-    ("Devices", ("mount", "dd")),
-    ("Help", ("demo",)),
-)
+# heading in the help -> its commands, as they are listed there
+GROUPS = {
+    "Look up": "nlist symbols symbol",
+    "Read memory": "read print walk search regions vtop",
+    "Processes": "procs args threads backtrace files",
+    "The kernel's state": "host load cpus dmesg panic vm zones "
+    "kexts devsw syscalls sysctl net mounts",
+    "Types": "type types",
+    "Images and dumps": "info kernels convert extract",
+    "Devices": "mount dd",
+    "Help": "demo",
+}
 
 
 def groups() -> list[tuple[str, list[str]]]:
     """Every command under its heading; those that `GROUPS` lacks come last."""
-    placed = [name for _, names in GROUPS for name in names]
-    found = [(heading, [n for n in names if n in COMMANDS]) for heading, names in GROUPS]
-    rest = sorted(COMMANDS.keys() - set(placed))
+    found = [(heading, names.split()) for heading, names in GROUPS.items()]
+    rest = sorted(COMMANDS.keys() - {name for _, names in found for name in names})
     return found + ([("More", rest)] if rest else [])
 
 

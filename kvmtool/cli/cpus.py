@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvmtool.cli.command import Sectioned
 from kvmtool.cli.listing import Listing, listing_options, opened
 from kvmtool.cli.render import Address, Column, Named
 
@@ -80,7 +81,7 @@ def _rows(kvm: Kvm, report: Report) -> Iterator[dict[str, Any]]:
         yield row_of(kvm, cpu, found or None)
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @listing_options
 def cpus(where: Where, columns: tuple[str, ...], format: str) -> None:
     """List the processors: state, active thread and its process, interrupts taken.

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvmtool.cli.command import Sectioned
 from kvmtool.cli.listing import Listing, listing_options, opened
 from kvmtool.cli.render import Column
 from kvmtool.unreadable import Unreadable
@@ -186,7 +187,7 @@ def kind_of(found: Connection) -> str:
     return "unix" if found.proto == "unix" else "system"
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @click.option("--tcp", is_flag=True, help="Only sockets of TCP.")
 @click.option("--udp", is_flag=True, help="Only sockets of UDP.")
 @click.option("--raw", is_flag=True, help="Only other sockets of the Internet.")

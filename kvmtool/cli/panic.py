@@ -9,6 +9,7 @@ import click
 
 from kvmtool.cli.backtrace import LISTING as STACKS
 from kvmtool.cli.backtrace import frame_lines, frame_of, row_of, thread_words
+from kvmtool.cli.command import Sectioned
 from kvmtool.cli.listing import Listing, finish, opened
 from kvmtool.cli.params import core_argument, format_option, kernel_options
 from kvmtool.cli.render import Address, Column, Named, render_one, visible
@@ -254,7 +255,7 @@ def _facts(found: _Found, record: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "kexts", ", ".join(map(str.strip, kexts)) or "none on the stack"
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @format_option
 @kernel_options
 @core_argument

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvmtool.cli.command import Sectioned
 from kvmtool.cli.listing import Listing, listing_options, opened
 from kvmtool.cli.render import Column
 
@@ -50,7 +51,7 @@ def _row(group: str, name: str, value: Any, unit: str, page: Any) -> dict[str, A
     return {"group": group, "counter": name, "value": value, "unit": unit, "bytes": size}
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @listing_options
 def vm(where: Where, columns: tuple[str, ...], format: str) -> None:
     """Print the counters of virtual memory, as vm_stat and sysctl vm do.

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvmtool.cli.command import Sectioned
 from kvmtool.cli.listing import Listing, listing_options, opened
 from kvmtool.cli.render import Column
 
@@ -71,7 +72,7 @@ def _counted(rows: Iterable[dict[str, Any]], report: Report) -> Iterator[dict[st
     report.notes.append(f"{count} zones: {size} bytes, {used} of them in use")
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @click.option("--name", metavar="TEXT", help="Only zones that have TEXT in their name.")
 @click.option(
     "--sort", type=click.Choice(_NAMES), metavar="COLUMN", help="Sort by a column, e.g. cur_size."
