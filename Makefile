@@ -45,6 +45,10 @@ bench: $(STAMP) ## measure against llvm-nm and bare imports, as ratios
 	@$(BIN)/python tools/bench_memory.py
 	@$(BIN)/python tools/bench_types.py
 
+fuzz: $(STAMP) ## damaged input for every parser, FUZZ_SECONDS (600) each
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check atheris || echo "no atheris for this Python: mutations are not guided"
+	@PYTHONPATH=.:tests $(BIN)/python -m tests.fuzz $(TARGETS)
+
 machine: $(STAMP) ## boot a kernel of our own under QEMU, dump it in every form, check them
 	@$(BIN)/python -m tests.machine --forms $(FORMS)
 
@@ -55,5 +59,5 @@ peers: $(STAMP) ## compare with Volatility 3 (processes) and pyaff4 (volumes)
 clean: ## remove the virtualenv and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache demo
 
-.PHONY: help venv demo test check docs site layouts sample bench machine peers clean
+.PHONY: help venv demo test check docs site layouts sample bench fuzz machine peers clean
 .DEFAULT_GOAL := help

@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 from array import array
 from functools import cached_property
+from itertools import zip_longest
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvmtool import macho
@@ -243,7 +244,7 @@ def _parts(image: MachO) -> Iterator[tuple[str, int, int, int, int]]:
         before = sections[0].addr - segment.vmaddr
         if before == sections[0].offset > 0:  # the header lies in memory too, before the sections
             yield "header", segment.vmaddr, before, before, 0
-    for section, following in zip(sections, [*sections[1:], None], strict=True):
+    for section, following in zip_longest(sections, sections[1:]):
         size = (
             section.size if following is None else max(section.size, following.addr - section.addr)
         )

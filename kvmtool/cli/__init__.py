@@ -11,12 +11,14 @@ import sys
 import warnings
 from contextlib import contextmanager
 from importlib import import_module
+from signal import SIGPIPE
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from kvmtool import __version__, progress
 from kvmtool.cli.command import write_options
+from kvmtool.cli.ending import Ended, die, listen
 from kvmtool.cli.params import VERBOSE, Where, kernel_options
 from kvmtool.cli.stderr import say as say
 from kvmtool.errors import ExpressionError, KvmError, KvmWarning
@@ -165,7 +167,7 @@ class Commands(click.Group):
             raise Failure(error, str(error)) from error
         except OSError as error:
             if error.errno == errno.EPIPE:
-                raise
+                raise Ended(SIGPIPE) from error
             name = f"{error.filename}: " if error.filename is not None else ""
             raise Failure(error, f"{name}{error.strerror or error}") from error
 
@@ -224,5 +226,9 @@ def cli(where: Where) -> None:
 
 
 def main() -> None:
-    """The console script."""
-    cli(prog_name="kvmtool")
+    """The command line; never returns. A signal ends it as `ending` says."""
+    try:
+        listen()
+        cli(prog_name="kvmtool")
+    except Ended as end:
+        die(end.number)

@@ -10,6 +10,7 @@ import click
 
 from kvmtool.cli import say
 from kvmtool.cli.command import Sectioned
+from kvmtool.cli.ending import hand_over
 from kvmtool.cli.opening import opened
 from kvmtool.cli.params import ADDRESS, SIZE, AddressExpr, Where, kernel_options
 
@@ -51,6 +52,7 @@ def mount(
         else:
             click.echo(f"{directory} is there: interrupt, or unmount it, to end")
 
+    hand_over()  # libfuse unmounts at a signal, if nobody else listens
     fuse.mount(view, directory, allow_other=allow_other, ready=ready, on_error=say)
 
 
@@ -70,10 +72,14 @@ def _in_background() -> None:
         command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, start_new_session=True, text=True
     ) as server:
         assert server.stdout is not None
-        for line in server.stdout:
-            if line.strip() == _READY:
-                server.returncode = 0  # it lives on: do not wait for it
-                return
+        try:
+            for line in server.stdout:
+                if line.strip() == _READY:
+                    server.returncode = 0  # it lives on: do not wait for it
+                    return
+        except BaseException:
+            server.terminate()  # it would not hear a Ctrl-C
+            raise
     click.get_current_context().exit(server.returncode or 1)
 
 

@@ -244,7 +244,7 @@ class Gdb:
     def select(self, thread: str) -> None:
         """Read registers and virtual memory as `thread` sees them. Raises `UnsupportedError`."""
         if not self.source.ask(f"Hg{thread}".encode(), packets.okay):
-            raise UnsupportedError(f"{self.source.name}: no thread {thread}")
+            raise UnsupportedError(f"{self.source.name}: no thread {thread!r}")
 
     def registers(self) -> dict[str, int]:
         """The registers of the selected thread, control registers where the stub shows them."""
