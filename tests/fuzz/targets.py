@@ -28,6 +28,7 @@ from kvmtool.memory import RunMemory
 from kvmtool.paging import PagedMemory
 from kvmtool.peel import peel
 from kvmtool.prelink_info import parse_plist, parse_prelink_info
+from kvmtool.segment_table import segment_table
 from kvmtool.source import BytesSource
 from kvmtool.types import dsymutil
 from kvmtool.types.ctf import ctf_of, open_ctf
@@ -90,7 +91,7 @@ def macho(data: bytes) -> None:
     image = MachO(BytesSource(data, "image"))
     list(islice(image.commands(), 256))
     repr((image.segments, image.sections, image.uuid, image.notes[:16], image.warnings))
-    image.segment_table()
+    segment_table(image)
     if image.symtab is not None:
         image.symtab.find("_version")
         list(islice(image.symtab, 256))
