@@ -6,16 +6,18 @@ from typing import TYPE_CHECKING
 
 from kvmtool.errors import MismatchError, NotFoundError
 from kvmtool.unreadable import Unreadable
-from kvmtool.xnu.backtrace import Unwinder, registers_of
+from kvmtool.xnu.backtrace import Unwinder
 from kvmtool.xnu.panic import FUNCTIONS
 from kvmtool.xnu.queues import Report
+from kvmtool.xnu.saved_registers import registers_of
 from kvmtool.xnu.thread import ThreadReader, threads
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from kvmtool.handle import Kvm
-    from kvmtool.xnu.backtrace import Backtrace, Registers
+    from kvmtool.xnu.backtrace import Backtrace
+    from kvmtool.xnu.saved_registers import Registers
     from kvmtool.xnu.thread import Thread
 
 

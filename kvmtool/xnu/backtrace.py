@@ -1,54 +1,36 @@
 """Kernel stacks: who called whom, by frame pointers, and why the chain ends where it does.
 
-A thread that is not running left its registers at the top of its kernel stack when it gave up its
-CPU (osfmk/i386/cswitch.s, thread.h: STACK_IKS; osfmk/arm64/cswitch.s: machine.kstackptr); one that
-gave up its stack, too, goes on at its continuation. One that runs has them in the container.
+A thread that is not running left its registers on its kernel stack when it gave up its CPU; one
+that gave up its stack, too, goes on at its continuation. One that runs has them in the container.
 Where a trap interrupted the kernel the chain goes on with what was interrupted: by itself where the
 handler made a frame for it (arm64, and x86_64 since xnu-2050), else by way of the state that the
-processor pushed. Source: xnu-792..11417; osfmk/mach/i386/thread_status.h, osfmk/i386/{idt64,
-locore}.s, osfmk/arm64/locore.s.
+processor pushed. Source: osfmk/i386/{idt64,locore}.s, osfmk/arm64/locore.s, xnu-792..11417.
 """
 
 from __future__ import annotations
 
 from struct import Struct
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvmtool.errors import FaultError
 from kvmtool.unreadable import Unreadable
+from kvmtool.xnu.saved_registers import STATE_ROOM, interrupted, saved_registers, stack_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
 
     from kvmtool.kexts import Code
     from kvmtool.target import Target
+    from kvmtool.xnu.saved_registers import Registers
     from kvmtool.xnu.thread import Thread
 
 LIMIT = 512  # frames
-KERNEL_STACK_SIZE = 0x4000  # bytes, where no variable says it: osfmk/mach/i386/vm_param.h
-_STACK_LIMIT = 1 << 20
 _GAP = 1 << 16  # bytes from a frame to the next on a stack of unknown size
 # first-level handlers: below them lies what they interrupted
 _HANDLERS = ("fleh_", "hndl_", "trap_from_", "alltraps", "lo_alltraps", "hi64_", "allintrs")
 _SYSCALLS = ("scall", "syscall", "sysenter")  # in the name of a handler that no trap enters
 _SYSCALL = "a system call: it was in user mode before"
-_STATE_ROOM = 0x400  # bytes above a handler's frame that are searched for the processor's state
-_KERNEL_CS = (0x08, 0x80)  # KERNEL_CS, KERNEL64_CS: osfmk/i386/seg.h
-_FLAG_1, _FLAGS_END = 0x2, 1 << 22  # eflags: bit 1 is always set
 _USER_X86_64 = 1 << 47
-
-
-class Registers(NamedTuple):
-    """What unwinding starts from: `pc`, `sp` and `fp` as addresses; `origin` says whose they are.
-
-    `cs` is x86's code segment, 0 where it is not known.
-    """
-
-    pc: int
-    sp: int
-    fp: int
-    origin: str
-    cs: int = 0
 
 
 class Frame(NamedTuple):
@@ -90,7 +72,7 @@ class Unwinder:
         self._known: dict[int, Code] = {}
         self.width = target.arch.pointer_size
         self._pair = Struct(target.arch.byteorder + ("2Q" if self.width == 8 else "2I"))
-        self.stack_size = _stack_size(target)
+        self.stack_size = stack_size(target)
         # osfmk/arm64/locore.s makes a frame for what it interrupts, wherever that was
         self.frames_traps = target.arch.name.startswith("arm64")
 
@@ -116,7 +98,7 @@ class Unwinder:
             )
             return Backtrace(thread, thread.cpu, "", (), stop, False, code)
         try:
-            registers = self._saved(thread, stack)
+            registers = saved_registers(self.target, thread, self.stack_size, self.is_text)
         except FaultError as fault:
             stop = f"its saved registers at {fault.address:#x} are {fault.reason}"
             return Backtrace(thread, thread.cpu, "", (), stop, True, code)
@@ -135,6 +117,10 @@ class Unwinder:
         walk = _Walk(self, registers, self._stack_of(thread))
         frames = tuple(walk)
         return Backtrace(thread, cpu, registers.origin, frames, walk.stop, walk.unreadable)
+
+    def is_text(self, address: int) -> bool:
+        """Whether `address` lies in the text of the kernel or of a kext."""
+        return self.code(address).inside
 
     def holds(self, thread: Thread, address: int) -> bool:
         """Whether `address` lies in the kernel stack of `thread`."""
@@ -157,72 +143,6 @@ class Unwinder:
         """The saved frame pointer and the return address at `address`. Raises `FaultError`."""
         fp, pc = self._pair.unpack(self.target.memory.read(address, self._pair.size))
         return self.target.strip(fp), self.target.strip(pc)
-
-    def _saved(self, thread: Thread, stack: int) -> Registers | None:
-        """What the thread saved when it gave up its CPU; None if nothing there can be that."""
-        name = self.target.arch.name
-        if name.startswith("arm64"):
-            return self._saved_arm64(thread, stack)
-        if name not in ("i386", "x86_64"):
-            return None
-        top = stack + self.stack_size
-        # struct x86_kernel_state; since xnu-4570 an allocation's name lies above it, and up to
-        # xnu-1228 a link to the saved state of the last exception
-        layout, places = _SAVED_X86[name]
-        for below in places:
-            data = self.target.memory.read(top - below, layout.size)
-            sp, fp, pc = layout.unpack(data)
-            inside = stack <= sp <= top and (fp == 0 or stack <= fp < top)
-            if inside and self.code(pc).inside:
-                return Registers(pc, sp, fp, _origin(thread, top - below))
-        return None
-
-    def _saved_arm64(self, thread: Thread, stack: int) -> Registers | None:
-        """struct arm_kernel_saved_state: x19 to x28, fp, lr, sp; it goes on at lr."""
-        at = thread.kstackptr
-        if not isinstance(at, int) or not stack <= at < stack + self.stack_size:
-            return None
-        fp, lr, sp = (self.target.pointer(at + 80 + 8 * n) for n in range(3))
-        if not self.code(lr).inside:
-            return None
-        return Registers(lr, sp, fp, _origin(thread, at))
-
-    def interrupted(self, after: int, end: int) -> int | None:
-        """Where the kernel was when the processor pushed its state between `after` and `end`.
-
-        An x86 state is the address, a kernel code segment, flags, and on x86_64 the stack pointer.
-        """
-        width, wide = self.width, self.target.arch.name == "x86_64"
-        if self.target.arch.name not in ("i386", "x86_64"):
-            return None
-        try:
-            data = self.target.memory.read(after, min(end - after, _STATE_ROOM) & -width)
-        except FaultError:
-            return None
-        words = [
-            int.from_bytes(data[at : at + width], "little") for at in range(0, len(data), width)
-        ]
-        for place in range(len(words) - (3 if wide else 2)):
-            pc, cs, flags, *rest = words[place : place + 4]
-            if cs & 0xFFFF not in _KERNEL_CS or not flags & _FLAG_1 or flags >= _FLAGS_END:
-                continue
-            if wide and not after < rest[0] < end + _STATE_ROOM:
-                continue
-            if self.code(pc).inside:
-                return pc
-        return None
-
-
-# x86_kernel_state: where sp, fp and pc lie in it, and how far below the top of the stack it begins
-_SAVED_X86: Mapping[str, tuple[Struct, tuple[int, ...]]] = {
-    "x86_64": (Struct("<8x2Q32xQ"), (64, 80)),
-    "i386": (Struct("<4x2I8xI"), (32, 28, 24)),
-}
-
-
-def _origin(thread: Thread, at: int) -> str:
-    stale = ", which may be stale: it was running" if thread.running else ""
-    return f"registers it saved at {at:#x}{stale}"
 
 
 class _Walk:
@@ -309,7 +229,8 @@ class _Walk:
             except FaultError:
                 return None  # it is told when the walk gets there
         after = fp + 2 * unwinder.width
-        return unwinder.interrupted(after, following if following > after else after + _STATE_ROOM)
+        end = following if following > after else after + STATE_ROOM
+        return interrupted(unwinder.target, after, end, unwinder.is_text)
 
 
 def _is_syscall(code: Code) -> bool:
@@ -318,29 +239,3 @@ def _is_syscall(code: Code) -> bool:
 
 def _is_handler(code: Code) -> bool:
     return (code.symbol or "").lstrip("_").startswith(_HANDLERS)
-
-
-def _stack_size(target: Target) -> int:
-    """Bytes of a kernel stack: kernel_stack_size, where the kernel has it and it can be one."""
-    symbol = target.symbols.get("_kernel_stack_size")  # xnu-1456 (10.6) on
-    if symbol is None:
-        return KERNEL_STACK_SIZE
-    try:
-        size = target.pointer(symbol.address)
-    except FaultError:
-        return KERNEL_STACK_SIZE
-    sane = size and size % 4096 == 0 and size <= _STACK_LIMIT
-    return size if sane else KERNEL_STACK_SIZE
-
-
-def registers_of(
-    target: Target, states: tuple[tuple[int, bytes], ...], origin: str
-) -> Registers | None:
-    """The registers of a CPU in a container; None for one that has none, or not of this machine."""
-    arch = target.arch
-    for flavor, data in states:
-        values: dict[str, Any] = arch.registers(flavor, data)
-        if values.get(arch.pc):
-            pc, sp, fp = (target.strip(values.get(name, 0)) for name in (arch.pc, arch.sp, arch.fp))
-            return Registers(pc, sp, fp, origin, values.get("cs", 0))
-    return None

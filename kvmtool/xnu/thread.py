@@ -1,7 +1,6 @@
 """Threads: the Mach side of what runs, with the names the BSD side gave them.
 
-Source: osfmk/kern/thread.h, thread.c, processor.h, timer.h, bsd/sys/user.h (pth_name),
-pexpert/pexpert/pexpert.h (gPEClockFrequencyInfo), xnu-792..11417.
+Source: osfmk/kern/thread.h, thread.c, timer.h, bsd/sys/user.h (pth_name), xnu-792..11417.
 """
 
 from __future__ import annotations
@@ -13,7 +12,8 @@ from kvmtool.errors import FaultError, NotFoundError
 from kvmtool.target import Record, offset_of, unsigned
 from kvmtool.unreadable import Unreadable
 from kvmtool.xnu.proc import MAXCOMLEN, text_of
-from kvmtool.xnu.queues import Report, walk_list, walk_queue
+from kvmtool.xnu.processor import NANOSECOND, abstime_hz, running_on
+from kvmtool.xnu.queues import Report, walk_queue
 from kvmtool.xnu.task import TaskReader, letter
 
 if TYPE_CHECKING:
@@ -35,9 +35,6 @@ STATES = (
 )
 TH_RUN = 0x4
 MAXTHREADNAMESIZE = 64
-_CPUS = 1 << 10
-_CLOCK = 9  # words before timebase_frequency_hz in struct clock_frequency_info
-_NANOSECOND = 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +129,7 @@ class ThreadReader:
         )
         self._owners: dict[int, _Owner] = {}
         self._hz = abstime_hz(target)
-        self.cpus = cpus(target)
+        self.cpus = running_on(target)
 
     def read(self, address: int) -> Thread:
         """The thread at `address`. Never raises `FaultError`."""
@@ -199,7 +196,7 @@ class ThreadReader:
         for part in (low, high):
             if isinstance(part, Unreadable):
                 return part
-        return (low | (high or 0) << 32) * _NANOSECOND // self._hz
+        return (low | (high or 0) << 32) * NANOSECOND // self._hz
 
 
 def threads(
@@ -258,51 +255,6 @@ def _all_threads(target: Target) -> tuple[int | None, int | None]:
     inside = offset_of(types, "processor_set", "threads")
     head = None if pset is None or inside is None else pset.address + inside
     return head, offset_of(types, "thread", "pset_threads")
-
-
-def cpus(target: Target) -> dict[int, int]:
-    """Which thread was on which CPU: thread's address -> the CPU's number.
-
-    Of processors that cannot be read nothing is said.
-    """
-    types = target.types
-    head = target.symbols.get("_processor_list")
-    link = offset_of(types, "processor", "processor_list")
-    if head is None or link is None:
-        return {}
-    number = offset_of(types, "processor", "cpu_id", "cpu_num", "processor_data.slot_num")
-    record = Record(
-        target,
-        {
-            "active": (offset_of(types, "processor", "active_thread"), "P"),
-            "cpu": (number, "i"),
-        },
-    )
-    found = {}
-    places = walk_list(target, head.address, link, "processor_list", Report(), _CPUS)
-    for place, address in enumerate(places):
-        raw = record.read(address)
-        cpu = place if raw["cpu"] is None else raw["cpu"]
-        if isinstance(raw["active"], int) and raw["active"] and isinstance(cpu, int):
-            found[raw["active"]] = cpu
-    return found
-
-
-def abstime_hz(target: Target) -> int | None:
-    """Ticks of mach_absolute_time in a second; None where the kernel does not say it.
-
-    Intel's count nanoseconds (osfmk/i386/rtclock.c); elsewhere gPEClockFrequencyInfo has it.
-    """
-    if target.arch.name in ("i386", "x86_64"):
-        return _NANOSECOND
-    clock = target.symbols.get("_gPEClockFrequencyInfo")
-    if clock is None or target.arch.pointer_size != 8:
-        return None
-    try:
-        hz = target.unsigned(clock.address + 8 * _CLOCK, "Q")
-    except FaultError:
-        return None
-    return hz if 1_000 <= hz <= 100 * _NANOSECOND else None
 
 
 _PLAIN = (

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from kvmtool.errors import FaultError
 from kvmtool.target import Record, offset_of
 from kvmtool.unreadable import Unreadable
+from kvmtool.xnu.processor import abstime_hz
 from kvmtool.xnu.queues import Report, walk_queue
-from kvmtool.xnu.thread import abstime_hz
 
 if TYPE_CHECKING:
     from kvmtool.target import Target
