@@ -100,6 +100,14 @@ class MemoryHandle:
 
         return self._with_kexts(image_memory(file.image))
 
+    @cached_property
+    def file_memory(self) -> Memory | None:
+        """The kernel's file at link addresses, packed pointers decoded; None without a file."""
+        from kvmtool.kernelcache import open_collection
+
+        file = self._parts.file
+        return None if file is None else open_collection(file.image).memory()
+
     def decoded(self, address: int, size: int) -> bool:
         """Whether `memory` there holds pointers that the kernel's file has in packed form."""
         if self.dump is not None:

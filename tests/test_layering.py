@@ -95,6 +95,8 @@ LAYERS = (
             "sample",
             "convert",
             "stacks",
+            "check",
+            "checks",
         ),
     ),
     ("public names", ("",)),

@@ -32,6 +32,7 @@ ERROR, USAGE, PARTIAL = 1, 2, 3
 COMMANDS = {
     "args": ("args", "What processes were started with: arguments and environment."),
     "backtrace": ("backtrace", "Kernel stacks: of a thread, of a process, of each CPU."),
+    "check": ("check", "What a rootkit changes: pointers to code, lists, and code."),
     "convert": ("convert", "Write the memory of a core in another form."),
     "cpus": ("cpus", "The processors, and what each was doing."),
     "dd": ("devices", "The dd line that reads an address from a mounted kmem."),

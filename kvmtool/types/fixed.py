@@ -52,6 +52,26 @@ struct PE_Video {
 struct PE_state {
     int initialized; struct PE_Video video; void *deviceTreeHead; void *bootArgs;
 };
+/* bsd/sys/mount_internal.h, bsd/sys/mount.h: a file system, and what it answers */
+struct vfstable {
+    struct vfsops *vfc_vfsops; char vfc_name[15]; int vfc_typenum; int vfc_refcount; int vfc_flags;
+    void *vfc_mountroot; struct vfstable *vfc_next;
+};
+struct vfsops {
+    void *vfs_mount; void *vfs_start; void *vfs_unmount; void *vfs_root; void *vfs_quotactl;
+    void *vfs_getattr; void *vfs_sync; void *vfs_vget; void *vfs_fhtovp; void *vfs_vptofh;
+    void *vfs_init; void *vfs_sysctl; void *vfs_setattr;
+};
+/* security/mac_internal.h, mac_policy.h: from 10.5 on */
+struct mac_policy_list {
+    unsigned int numloaded; unsigned int max; unsigned int maxindex; unsigned int staticmax;
+    unsigned int chunks; unsigned int freehint; void *entries;
+};
+struct mac_policy_conf {
+    char *mpc_name; char *mpc_fullname; void *mpc_labelnames; unsigned int mpc_labelname_count;
+    void *mpc_ops; int mpc_loadtime_flags; void *mpc_field_off; int mpc_runtime_flags;
+    struct mac_policy_conf *mpc_list; void *mpc_data;
+};
 /* bsd/sys/resource.h, bsd/vm/vm_unix.c */
 struct loadavg { unsigned int ldavg[3]; long fscale; };
 """

@@ -32,7 +32,7 @@ class Device:
     """One slot: `kind` "character" or "block", its major number, and where the slot lies.
 
     `functions` are the addresses behind d_open, d_read and so on (without "d_"), `type` is d_type.
-    Any of them may be `Unreadable`.
+    Any of them may be `Unreadable`. `places` are where the pointers lie.
     """
 
     kind: str
@@ -41,6 +41,7 @@ class Device:
     functions: dict[str, Any]
     ttys: Any
     type: Any
+    places: dict[str, int]
 
 
 def devices(target: Target) -> Iterator[Device]:
@@ -70,9 +71,11 @@ def _switch(
     fields["ttys"] = (offset_of(types, struct, "d_ttys"), "P")
     record, size = Record(target, fields), types.size(struct)
     for major in range(slots):
-        raw = record.read(start + major * size)
+        slot = start + major * size
+        raw = record.read(slot)
         functions = {name: raw[name] for name in names if raw[name] is not None}
-        yield Device(kind, major, start + major * size, functions, raw["ttys"], raw["type"])
+        places = {name: slot + at for name in functions if (at := fields[name][0]) is not None}
+        yield Device(kind, major, slot, functions, raw["ttys"], raw["type"], places)
 
 
 def _address(target: Target, name: str) -> int:

@@ -14,7 +14,7 @@ from kvmtool.errors import FaultError
 from kvmtool.target import Record, record
 from kvmtool.unreadable import Unreadable
 from kvmtool.xnu.proc import text_of
-from kvmtool.xnu.queues import Report, walk_list
+from kvmtool.xnu.queues import Difference, Report, walk_list
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -91,16 +91,24 @@ def kexts(target: Target, report: Report | None = None) -> list[KextInfo]:
     for kext in chained:
         summary = by_name.pop(kext.name, None) if isinstance(kext.name, str) else None
         if summary is None:
-            report.notes.append(f"{kext.name}: in the kmod list, not in the kext summaries")
+            report.differ(_alone(kext, "kmod list", "kext summaries"))
             merged.append(kext)
             continue
-        report.notes += _differences(kext, summary)
+        for text in _differences(kext, summary):
+            report.differ(Difference(str(kext.name), kext.kmod, ("kmod", "summaries"), (), text))
         merged.append(_merged(kext, summary))
     for summary in summed:
         if summary.name in by_name or not isinstance(summary.name, str):
-            report.notes.append(f"{summary.name}: in the kext summaries, not in the kmod list")
+            report.differ(_alone(summary, "kext summaries", "kmod list"))
             merged.append(summary)
     return merged
+
+
+def _alone(kext: KextInfo, on: str, missing: str) -> Difference:
+    """A kext that only one of the two lists has."""
+    address = kext.address if isinstance(kext.address, int) else None
+    text = f"{kext.name}: in the {on}, not in the {missing}"
+    return Difference(str(kext.name), address, (on,), (missing,), text)
 
 
 def _merged(kext: KextInfo, summary: KextInfo) -> KextInfo:

@@ -14,7 +14,7 @@ from kvmtool.errors import FaultError
 from kvmtool.target import offset_of
 from kvmtool.unreadable import Unreadable
 from kvmtool.xnu.proc_state import SIDL, SRUN, SSLEEP, SSTOP, SZOMB
-from kvmtool.xnu.queues import Report, walk_list
+from kvmtool.xnu.queues import Difference, Report, walk_list
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -200,9 +200,10 @@ class Census:
             )
             return
         for address, lists in others.items():
-            self._report.notes.append(
-                f"{self._who(address)} is on {' and '.join(lists)}, but not on allproc or zombproc"
-            )
+            who = self._who(address)
+            text = f"{who} is on {' and '.join(lists)}, but not on allproc or zombproc"
+            missing = ("allproc", "zombproc")
+            self._report.differ(Difference(who, address, tuple(lists), missing, text))
         if not torn:
             self._say_missing(main)
 
@@ -213,9 +214,9 @@ class Census:
             if self._reader.pid(address) == 0 and "pidhash" in missing:
                 missing.remove("pidhash")  # proc 0 is never hashed (bsd/kern/bsd_init.c)
             if missing:
-                self._report.notes.append(
-                    f"{self._who(address)} is on allproc, but not on {' or '.join(missing)}"
-                )
+                who = self._who(address)
+                text = f"{who} is on allproc, but not on {' or '.join(missing)}"
+                self._report.differ(Difference(who, address, tuple(lists), tuple(missing), text))
 
     def _who(self, address: int) -> str:
         return f"process {self._reader.pid(address)} at {address:#x}"

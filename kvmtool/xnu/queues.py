@@ -6,7 +6,7 @@ a limit; and it says which. Source: bsd/sys/queue.h and osfmk/kern/queue.h, xnu-
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvmtool.errors import FaultError
 
@@ -18,15 +18,30 @@ if TYPE_CHECKING:
 LIMIT = 1 << 20  # elements; XNU's largest lists (processes, threads) stay far below
 
 
+class Difference(NamedTuple):
+    """`subject`, at `address`, stands on the lists `on`, not on those `missing`, where it belongs.
+
+    Without `missing` the lists have it, but do not say the same of it; `text` says what.
+    """
+
+    subject: str
+    address: int | None
+    on: tuple[str, ...]
+    missing: tuple[str, ...]
+    text: str
+
+
 class Report:
     """What happened on the way: `stops` of walks that did not reach their end, and `notes`.
 
-    `partial` is whether something is missing from the answer.
+    `differences` are the notes that say how two lists of the kernel's disagree. `partial` is
+    whether something is missing from the answer.
     """
 
     def __init__(self) -> None:
         self.stops: list[str] = []
         self.notes: list[str] = []
+        self.differences: list[Difference] = []
 
     @property
     def partial(self) -> bool:
@@ -36,6 +51,11 @@ class Report:
     def stop(self, walk: str, after: int, reason: str) -> None:
         """A walk ended early, after `after` elements."""
         self.stops.append(f"{walk}: stopped after {after} elements: {reason}")
+
+    def differ(self, difference: Difference) -> None:
+        """Two lists of the kernel's disagree: a note, too."""
+        self.notes.append(difference.text)
+        self.differences.append(difference)
 
 
 def walk_list(

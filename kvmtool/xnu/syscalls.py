@@ -65,7 +65,7 @@ class Call:
     """One entry: `table` "syscall" or "trap", its number, and the addresses of its functions.
 
     `name` is the kernel's own for the call; None where it keeps none. Any field may be
-    `Unreadable`.
+    `Unreadable`. `handler_at` and `munge_at` are where the pointers lie.
     """
 
     table: str
@@ -75,6 +75,8 @@ class Call:
     handler: Any
     munge: Any
     arguments: Any
+    handler_at: int
+    munge_at: int
 
 
 def syscalls(target: Target) -> Iterator[Call]:
@@ -103,15 +105,18 @@ def _table(
     }
     record, names = Record(target, fields), _Names(target, table, count)
     for number in range(count):
-        raw = record.read(start + number * shape.size)
+        at = start + number * shape.size
+        raw = record.read(at)
         yield Call(
             table,
             number,
-            start + number * shape.size,
+            at,
             names[number],
             raw["handler"],
             raw["munge"],
             raw["arguments"],
+            at + shape.handler,
+            at + (shape.munge or 0),
         )
 
 

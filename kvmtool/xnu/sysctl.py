@@ -52,7 +52,8 @@ class Oid:
     """One node or leaf: its dotted `name`, its numbers (`mib`), and what the kernel keeps of it.
 
     `arg1` and `handler` are kernel addresses; `value` is an int, text or bytes read from memory,
-    None where the handler computes it. Any field may be `Unreadable`.
+    None where the handler computes it. Any field may be `Unreadable`. `handler_at` is where the
+    pointer to the handler lies.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Oid:
     arg1: Any
     arg2: Any
     value: Any
+    handler_at: int
 
     @property
     def type(self) -> Any:
@@ -117,6 +119,7 @@ class _Reader:
         self.target = target
         self._record: Record = record(target, "sysctl_oid", _FIELDS)
         self._link = target.types.offset("sysctl_oid", "oid_link")
+        self._handler = target.types.offset("sysctl_oid", "oid_handler")
         self._handlers = self._known_handlers()
 
     def _known_handlers(self) -> dict[int, str]:
@@ -146,6 +149,7 @@ class _Reader:
                 raw["arg1"],
                 raw["arg2"],
                 None if node else self._value(raw),
+                address + self._handler,
             )
             yield oid, inner if isinstance(inner, int) else 0
 

@@ -1,0 +1,1 @@
+"""The checks of `kvmtool.check`, one module each, and what they share."""
