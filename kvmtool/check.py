@@ -37,6 +37,8 @@ CHECKS = {
     "protocols": Check("networks", "the functions of domains, protocols and their requests"),
     "policies": Check("networks", "the hooks of mandatory access control policies"),
     "interrupts": Check("vectors", "the gates of the interrupt table"),
+    "imports": Check("imports", "the tables by which kexts and the kernel reach other images"),
+    "text": Check("pages", "the kernel's code in memory against its file"),
     "processes": Check("lists", "processes that are on one list and not on another"),
     "kexts": Check("lists", "kexts that are on one list and not on another"),
 }
@@ -66,5 +68,5 @@ def _made(function: Callable[[Case, Outcome], None], case: Case, outcome: Outcom
     except NotFoundError as missing:
         outcome.absent.append(str(missing))
     except (FaultError, FormatError, MismatchError) as error:
-        outcome.report.stop(outcome.name, sum(outcome.looked.values()), str(error))
+        outcome.failed.append(str(error))
     return outcome

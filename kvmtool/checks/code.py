@@ -28,7 +28,16 @@ S_ATTR_PURE_INSTRUCTIONS, S_ATTR_SOME_INSTRUCTIONS = 0x80000000, 0x400
 _CODE = S_ATTR_PURE_INSTRUCTIONS | S_ATTR_SOME_INSTRUCTIONS
 LC_FUNCTION_STARTS = 0x26
 _LINKEDIT_DATA = 16  # bytes: cmd, cmdsize, dataoff, datasize
-_MOST_STARTS = 1 << 24  # bytes of function starts; the largest kernel has some 200 KB
+_MOST_STARTS = 1 << 22  # bytes of function starts; the largest kernel has some 200 KB
+
+
+class Part(NamedTuple):
+    """Bytes of the kernel's: `start` to `end` in memory, from `offset` on in its Mach-O."""
+
+    name: str
+    start: int
+    end: int
+    offset: int
 
 
 class Span(NamedTuple):
@@ -75,8 +84,8 @@ class CodeMap:
         text = None if kernel is None else kernel.segment("__TEXT")
         return 0 if text is None or boot is None else boot.kernel_address - text.vmaddr
 
-    def sections(self) -> Iterator[tuple[str, int, int]]:
-        """(segment,section; start; end) of the kernel's code, as it lies in memory.
+    def parts(self) -> Iterator[Part]:
+        """The kernel's code, named "segment,section".
 
         Of a kernel whose sections do not say what they hold, its executable segments.
         """
@@ -90,12 +99,13 @@ class CodeMap:
                 if section.segname not in FREED:
                     start = section.addr + self.shift
                     name = f"{section.segname},{section.sectname}"
-                    yield name, start, start + section.size
+                    yield Part(name, start, start + section.size, section.offset)
         if not said:
             for segment in kernel.segments:
                 if segment.initprot & VM_PROT_EXECUTE and segment.segname not in FREED:
                     start = segment.vmaddr + self.shift
-                    yield segment.segname, start, start + segment.vmsize
+                    size = min(segment.vmsize, segment.filesize)
+                    yield Part(segment.segname, start, start + size, segment.fileoff)
 
     @cached_property
     def _code(self) -> tuple[_Spans, _Spans]:
@@ -106,7 +116,7 @@ class CodeMap:
             for kext in self._kvm.kexts
             for start, end in self._of_kext(kext, loaded.get(kext.identifier))
         ]
-        kernel = [Span(start, end, KERNEL) for _, start, end in self.sections()]
+        kernel = [Span(part.start, part.end, KERNEL) for part in self.parts()]
         return _Spans(kexts), _Spans(kernel)
 
     def _of_kext(self, kext: Kext, loaded: KextInfo | None) -> list[tuple[int, int]]:

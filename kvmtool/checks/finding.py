@@ -45,8 +45,8 @@ class Finding:
 class Outcome:
     """What one check did. `looked` counts what it looked at: {"pointers in sysent": 456}.
 
-    `absent` says what is not there to be checked. The report's `stops` say what should be there
-    and could not be read: the check is then not complete.
+    `absent` says what is not there to be checked. The report's `stops`, `unreadable` and `failed`
+    say what should be there and could not be read: the check is then not complete.
     """
 
     name: str
@@ -55,6 +55,7 @@ class Outcome:
     absent: list[str] = field(default_factory=list)
     report: Report = field(default_factory=Report)
     unreadable: dict[str, tuple[int, str]] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)
 
     def count(self, what: str, number: int = 1) -> None:
         """`number` more of `what` were looked at."""
@@ -86,7 +87,7 @@ class Outcome:
             f"{number} {what} cannot be read, the first: {reason}"
             for what, (number, reason) in self.unreadable.items()
         ]
-        return [*self.report.stops, *unread]
+        return [*self.failed, *self.report.stops, *unread]
 
     @property
     def alarming(self) -> list[Finding]:

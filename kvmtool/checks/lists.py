@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvmtool.checks.finding import HIGH, MEDIUM, OUTSIDE, UNLISTED
+from kvmtool.xnu.thread import threads
 
 if TYPE_CHECKING:
     from kvmtool.checks.finding import Outcome
@@ -12,12 +13,17 @@ if TYPE_CHECKING:
 
 
 def processes(case: Case, outcome: Outcome) -> None:
-    """Each process is on allproc (or zombproc), and on every other list where it belongs."""
-    found = list(case.kvm.procs(outcome.report))
-    outcome.count("processes", len(found))
+    """Each process is on allproc (or zombproc), and on every other list where it belongs.
+
+    So is each thread: one that the kernel runs and no task has belongs to a task that is hidden.
+    """
+    outcome.count("processes", len(list(case.kvm.procs(outcome.report))))
+    target = case.kvm.verified_target()
+    outcome.count("threads", len(list(threads(target, outcome.report))))
+    outcome.report.stops[:] = dict.fromkeys(outcome.report.stops)  # both walked the tasks
     for difference in outcome.report.differences:
-        hidden = "allproc" not in difference.on and "zombproc" not in difference.on
-        expected = f"on {', '.join(difference.missing)}, too"
+        hidden = "allproc" in difference.missing
+        expected = f"on {' or '.join(difference.missing)}, too"
         outcome.add(
             UNLISTED,
             HIGH if hidden else MEDIUM,

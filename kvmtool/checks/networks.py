@@ -63,15 +63,10 @@ def policies(case: Case, outcome: Outcome) -> None:
         name = policy.name if isinstance(policy.name, str) else f"at {policy.address:#x}"
         if isinstance(policy.operations, Unreadable):
             outcome.cannot_read("policies", policy.operations.reason)
-        if policy.hooks is None:
-            continue
         owner = case.code.owner(policy.address)
         owners = None if owner is None else {KERNEL, owner}
         for hook, (at, pointer) in policy.hooks.items():
             case.pointer(outcome, "the policies", f"policy {name}: {hook}", at, pointer, owners)
     outcome.count("policies", len(found))
-    unknown = sum(policy.hooks is None for policy in found)
-    if unknown:
-        outcome.absent.append(f"hooks of {unknown} policies: the types have no mac_policy_ops")
     if not found:
         outcome.absent.append("no policy is loaded")

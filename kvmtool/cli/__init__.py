@@ -74,7 +74,7 @@ GROUPS = {
     "Look up": "nlist symbols symbol",
     "Read memory": "read print walk search regions vtop",
     "Processes": "procs args threads backtrace files",
-    "The kernel's state": "host load cpus dmesg panic vm zones "
+    "The kernel's state": "host load cpus dmesg panic check vm zones "
     "kexts devsw syscalls sysctl net mounts",
     "Types": "type types",
     "Images and dumps": "info kernels convert extract",

@@ -98,7 +98,9 @@ def check(
             click.echo(f"{name:12} {entry.what}")
         return
     outcomes: list[Outcome] = []
-    render(_rows(make(opened(where), only), outcomes, every), LISTING.chosen(columns, format), format)
+    render(
+        _rows(make(opened(where), only), outcomes, every), LISTING.chosen(columns, format), format
+    )
     _summary(outcomes)
 
 
@@ -114,17 +116,22 @@ def _rows(
 def _summary(outcomes: list[Outcome]) -> None:
     """What was looked at, what was not there, what could not be read; the exit status."""
     looked = [
-        f"{number} {what}" for outcome in outcomes for what, number in outcome.looked.items()
+        f"{number} {what}"
+        for outcome in outcomes
+        for what, number in outcome.looked.items()
+        if number
     ]
     say(f"looked at {', '.join(looked) or 'nothing'}")
+    incomplete: dict[str, list[str]] = {}
     for outcome in outcomes:
         for text in outcome.absent:
             say(f"{outcome.name}: not there: {text}")
         for text in outcome.incomplete:
-            say(f"{outcome.name}: incomplete: {text}")
+            incomplete.setdefault(text, []).append(outcome.name)
+    for text, names in incomplete.items():
+        say(f"{', '.join(names)}: incomplete: {text}")
     found = sum(len(outcome.alarming) for outcome in outcomes)
     partial = any(outcome.incomplete for outcome in outcomes)
-    if found:
-        say(f"{found} findings" if found > 1 else "1 finding")
+    say({0: "no findings", 1: "1 finding"}.get(found, f"{found} findings"))
     if found or partial:
         click.get_current_context().exit(PARTIAL)

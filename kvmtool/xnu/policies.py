@@ -20,21 +20,23 @@ if TYPE_CHECKING:
 
 _LIMIT = 1 << 12  # mac_policy_list.max is 512
 _NAME = 128  # bytes
+_HOOKS = 300  # all of them pointers to functions: 314 in 10.5.8, 335 in 10.8.5 and 10.13.6
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
     """A loaded policy at `address` (its mac_policy_conf): mpc_name, mpc_fullname, mpc_ops.
 
-    `hooks` maps "mpo_vnode_check_open" and so on to (where the pointer lies, the pointer); it is
-    None where the types do not have mac_policy_ops. Any may be `Unreadable`.
+    `hooks` maps "mpo_vnode_check_open" and so on to (where the pointer lies, the pointer); where
+    the types do not have mac_policy_ops, only those that every release has, by number. Any may be
+    `Unreadable`.
     """
 
     address: int
     name: Any
     full_name: Any
     operations: Any
-    hooks: Mapping[str, tuple[int, Any]] | None
+    hooks: Mapping[str, tuple[int, Any]]
 
 
 def policies(target: Target) -> Iterator[Policy]:
@@ -49,8 +51,7 @@ def policies(target: Target) -> Iterator[Policy]:
         raise NotFoundError("symbol", "_mac_policy_list", hint=hint)
     types = target.types
     fields = {"loaded": ("I", "numloaded"), "max": ("I", "max"), "entries": ("P", "entries")}
-    head = record(target, "mac_policy_list", {name: value for name, value in fields.items()})
-    raw = head.read(symbol.address)
+    raw = record(target, "mac_policy_list", fields).read(symbol.address)
     for name in ("loaded", "max", "entries"):
         if isinstance(raw[name], Unreadable):
             raise FaultError("kernel", symbol.address, types.size("mac_policy_list"), "absent")
@@ -81,13 +82,18 @@ def _policy(target: Target, at: int) -> Policy:
         },
     )
     raw = fields.read(at)
-    operations, hooks = raw["operations"], None
+    operations = raw["operations"]
     known = types.find_struct("mac_policy_ops")
-    if known is not None and isinstance(operations, int) and operations:
-        hooks = {
-            member.name: (operations + member.offset, _pointer(target, operations + member.offset))
-            for member in known.members.values()
-        }
+    if known is not None:
+        places = {member.name: member.offset for member in known.members.values()}
+    else:
+        size = target.arch.pointer_size
+        places = {f"mpc_ops[{number}]": number * size for number in range(_HOOKS)}
+    hooks = {
+        name: (operations + offset, _pointer(target, operations + offset))
+        for name, offset in places.items()
+        if isinstance(operations, int) and operations
+    }
     return Policy(at, _text(target, raw["name"]), _text(target, raw["full"]), operations, hooks)
 
 

@@ -13,7 +13,7 @@ from kvmtool.target import Record, offset_of, unsigned
 from kvmtool.unreadable import Unreadable
 from kvmtool.xnu.proc import MAXCOMLEN, text_of
 from kvmtool.xnu.processor import NANOSECOND, abstime_hz, running_on
-from kvmtool.xnu.queues import Report, walk_queue
+from kvmtool.xnu.queues import Difference, Report, walk_queue
 from kvmtool.xnu.task import TaskReader, letter
 
 if TYPE_CHECKING:
@@ -226,9 +226,9 @@ def threads(
             found = True
             if not torn:
                 who = thread.tid if isinstance(thread.tid, int) else "?"
-                report.notes.append(
-                    f"thread {who} at {thread.address:#x} is on threads, but on no task"
-                )
+                subject = f"thread {who} at {thread.address:#x}"
+                text = f"{subject} is on threads, but on no task"
+                report.differ(Difference(subject, thread.address, ("threads",), ("tasks",), text))
             yield thread
     if not found:
         raise NotFoundError("process", str(pid))
