@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from kvmtool.xnu.queues import Report
 
 UF_EXCLOSE, UF_RESERVED, UF_CLOSING = 0x01, 0x04, 0x08  # fd_ofileflags
-_MOST = 1 << 18  # slots, whatever the kernel allows
+_MOST = 1 << 18  # slots of one table, whatever the kernel allows
+_ALL = 1 << 20  # slots that are taken, of all tables
 _LEAST = 10240  # OPEN_MAX, its default: a table may have grown before it was lowered
 
 
@@ -61,7 +62,7 @@ class FiledescReader:
         self._p_fd = types.offset("proc", "p_fd")
         last = "fd_afterlast" if types.has("filedesc", "fd_afterlast") else "fd_lastfile"
         self._after = last == "fd_afterlast"
-        wanted = {"ofiles": "P", "ofileflags": "P", "cdir": "P", "rdir": "P", "nfiles": "I"}
+        wanted = {"ofiles": "P", "ofileflags": "P", "cdir": "P", "rdir": "P", "nfiles": "i"}
         fields: dict[str, tuple[int | None, str]] = {
             name: (offset_of(types, "filedesc", f"fd_{name}"), code)
             for name, code in wanted.items()
@@ -71,6 +72,7 @@ class FiledescReader:
         self._record = Record(target, fields)
         self._word = "Q" if target.arch.pointer_size == 8 else "I"
         self._limit = _most(target)
+        self._taken = 0
 
     def table(self, proc: int) -> Table | Unreadable | None:
         """The table of the process at `proc`; None for one that has none (it is exiting)."""
@@ -104,19 +106,24 @@ class FiledescReader:
         for fd, (pointer, taken) in enumerate(zip(files, flags, strict=True)):
             reserved = isinstance(taken, int) and taken & UF_RESERVED
             if isinstance(pointer, int) and (pointer or reserved):
+                self._taken += 1
+                if self._taken > _ALL:
+                    report.stop(name, fd, f"more than {_ALL} descriptors in all")
+                    return
                 yield Slot(fd, strip(pointer), taken)
 
     def _count(self, table: Table, name: str, report: Report) -> int:
-        """How many slots to read: what the table says, as far as the kernel allows it."""
-        claim = table.last if isinstance(table.nfiles, Unreadable) else table.nfiles
-        if isinstance(claim, Unreadable):
-            report.stop(name, 0, f"the length of the table is {claim.reason}")
-            return 0
-        count: int = claim if claim < 1 << 31 else 0
-        if count > self._limit:
-            allowed = f"the kernel allows {self._limit}"
-            report.stop(name, self._limit, f"the table says {count} slots, {allowed}")
-        return min(count, self._limit)
+        """How many slots to read: fd_nfiles as far as the kernel allows, else up to the last."""
+        nfiles, last = table.nfiles, table.last
+        if isinstance(nfiles, int) and 0 <= nfiles <= self._limit:
+            return nfiles
+        known = isinstance(last, int) and 0 <= last <= self._limit
+        if not isinstance(nfiles, Unreadable):
+            said = f"the table says {nfiles} slots, the kernel allows {self._limit}"
+            report.stop(name, last if known else 0, said)
+        elif not known:
+            report.stop(name, 0, f"the length of the table is {nfiles.reason}")
+        return last if known else 0
 
     def _array(self, address: int, count: int, code: str) -> tuple[list[Any], list[str]]:
         """`count` numbers of a `struct` code, `Unreadable` where they cannot be read; the gaps."""

@@ -189,10 +189,16 @@ class _Finder:
                     self._add(socket, "ctl_head")
 
     def _descriptors(self, proc: Proc) -> None:
+        lost = 0
         for file in self._reader.files(proc, self._report):
             if file.socket is not None:
                 self._add(file.socket.address, DESCRIPTORS)
                 self.pids.setdefault(file.socket.address, {})[proc.pid] = None
+            elif isinstance(file.type, Unreadable) and isinstance(file.fd, int):
+                lost += file.vnode is None
+        if lost:
+            text = f"pid {proc.pid}: {lost} descriptors cannot be read, they may be sockets"
+            self._report.stops.append(text)
 
     def _peers(self) -> None:
         """The other ends of local sockets, which may be in no process any more."""
@@ -214,7 +220,7 @@ class _Finder:
                 missing[name] += 1
         for name, count in missing.items():
             if count:
-                text = f"{name}: {count} sockets that processes have are not on its list"
+                text = f"{name}: {count} of the sockets that processes have are not on its list"
                 self._report.notes.append(text)
 
     def connection(self, address: int) -> Connection:
