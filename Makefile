@@ -40,10 +40,8 @@ layouts: $(STAMP) ## compile the layout database from ../shared/data/layouts
 sample: $(STAMP) ## build the embedded sample
 	@$(BIN)/python tools/build_sample.py
 
-bench: $(STAMP) ## measure against llvm-nm and bare imports, as ratios
-	@$(BIN)/python tools/bench.py
-	@$(BIN)/python tools/bench_memory.py
-	@$(BIN)/python tools/bench_types.py
+bench: $(STAMP) ## measure against the peers, and write docs/benchmarks.md
+	@$(BIN)/python -m bench
 
 fuzz: $(STAMP) ## damaged input for every parser, FUZZ_SECONDS (600) each
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check atheris || echo "no atheris for this Python: mutations are not guided"

@@ -21,15 +21,12 @@ import statistics
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
-import venv
 import zlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from peers import PEERS, ROOT  # and tests/ to sys.path
-
 import kvmtool
+from bench.peers import PYTHON, ROOT, installed
 from kvmtool.formats.kdump import Kdump
 from kvmtool.formats.raw import Raw
 from kvmtool.macho import MachO
@@ -41,6 +38,7 @@ from kvmtool.way_roots import walker
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from bench.sheet import Sheet
     from kvmtool.handle import Kvm
 
 MIB = 1 << 20
@@ -54,7 +52,6 @@ LIVE_WINDOW = 1 << 16  # bytes from the kernel's header on that live reads go to
 STATIC = 0xFFFFFF8000000000  # the virtual minus the physical address of a static kernel
 LINK = STATIC + 0x200000
 DATA = 0xFFFFFF8400000000  # where the pages to be read are mapped
-DRGN = "drgn==0.3.0"
 MACHINE = os.path.join(ROOT, "build", "machine", "x86_64")
 
 
@@ -125,18 +122,6 @@ def write_image(folder: str, name: str, size: int, data: int, skew: int = 0x2300
     return Image(path, path + ".mach_kernel", tables.root, at, runs)
 
 
-def row(what: str, figure: str, value: float, target: float, unit: str) -> bool:
-    met = value >= target
-    verdict = "met" if met else "MISSED"
-    print(f"{what:<34} {figure:>14}  {value:8.3g} {unit:<22} target {target:.4g}: {verdict}")
-    return met
-
-
-def skipped(what: str, why: str) -> bool:
-    print(f"{what:<34} not measured: {why}")
-    return True
-
-
 # virtual reads
 
 
@@ -174,17 +159,8 @@ class Drgn:
     """drgn in its own process and virtualenv; `seconds` is the CPU time of one pass."""
 
     def __init__(self, image: Image, size: int, chunk: int) -> None:
-        """Raises `subprocess.CalledProcessError` when drgn cannot be installed."""
-        python = os.path.join(PEERS, "bin", "python")
-        if not os.path.exists(python):
-            venv.create(PEERS, with_pip=True)
-        if subprocess.run(
-            [python, "-c", "import drgn"], capture_output=True, check=False
-        ).returncode:
-            pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-            subprocess.run([*pip, DRGN], check=True)
         self._process = subprocess.Popen(
-            [python, "-c", DRGN_SIDE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [PYTHON, "-c", DRGN_SIDE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self.check = int(self._ask(json.dumps([image.path, DATA, size, chunk, image.runs])))
 
@@ -210,7 +186,7 @@ def cpu(read: Callable[[int], object], size: int, chunk: int) -> float:
     return time.process_time() - begin
 
 
-def bench_reads(image: Image) -> list[bool]:
+def bench_reads(sheet: Sheet, image: Image, what: str) -> None:
     """Reads through page tables against a copy out of the mapping, and against drgn."""
     size, chunk = READ_SIZE, MIB
     source = FileSource(image.path)
@@ -220,10 +196,7 @@ def bench_reads(image: Image) -> list[bool]:
     check = 0
     for at in range(0, size, chunk):
         check = zlib.crc32(memory.read(DATA + at, chunk), check)
-    try:
-        drgn = Drgn(image, size, chunk)
-    except (subprocess.CalledProcessError, OSError) as error:
-        drgn, why = None, f"drgn cannot be installed ({error})"
+    drgn = Drgn(image, size, chunk) if installed("drgn") else None
     if drgn is not None and drgn.check != check:
         raise SystemExit("drgn reads other bytes: the comparison means nothing")
     times: dict[str, list[float]] = {
@@ -240,20 +213,22 @@ def bench_reads(image: Image) -> list[bool]:
     source.close()
     rate = {name: size / statistics.median(each) / 1e9 for name, each in times.items() if each}
     ours, copy = rate["ours"], rate["copy"]
-    what, figure = "virtual reads, 4 KiB pages", f"{ours:.1f} GB/s CPU"
-    met = [row(what, figure, ours / copy, 0.4, f"x a copy ({copy:.1f})")]
-    first, share = f"{rate['first']:.1f} GB/s CPU", rate["first"] / copy
-    print(f"{'  with nothing known of the tables':<34} {first:>14}  {share:8.3g} x a copy")
-    if drgn is None:
-        return [*met, skipped(what + ", drgn", why)]
-    drgn.close()
-    # one copy is the least either does: what the copy itself is to drgn's best is the ceiling
-    best = (
-        f"{ours / rate['view']:.3g} x drgn ({rate['view']:.1f}), a copy {copy / rate['view']:.3g} x"
+    figure = f"{ours:.1f} GB/s CPU"
+    sheet.faster(what, figure, ours / copy, f"a copy from the mapping ({copy:.1f})", 0.4)
+    first = f"{rate['first']:.1f} GB/s CPU"
+    against = f"a copy from the mapping ({copy:.1f})"
+    sheet.add(
+        f"{what}, nothing known of the tables", first, against=against, ratio=rate["first"] / copy
     )
-    print(f"{'  against a callback without a copy':<34} {'':>14}  {best}")
-    theirs = f"x drgn ({rate['slice']:.1f})"
-    return [*met, row(what, figure, ours / rate["slice"], 1.3, theirs)]
+    if drgn is None:
+        sheet.missing(f"{what}, drgn", "drgn cannot be installed here")
+        return
+    drgn.close()
+    theirs = f"drgn, callback that copies ({rate['slice']:.1f})"
+    sheet.faster(what, figure, ours / rate["slice"], theirs, 1.3)
+    # one copy is the least either does: what the copy itself is to drgn's best is the ceiling
+    theirs = f"drgn, callback that does not ({rate['view']:.1f})"
+    sheet.add(what, figure, against=theirs, ratio=ours / rate["view"])
 
 
 # compressed pages
@@ -270,7 +245,7 @@ def python_itself() -> bytes:
     return (content * (KDUMP_SIZE // len(content) + 1))[:KDUMP_SIZE]
 
 
-def bench_kdump(folder: str) -> bool:
+def bench_kdump(sheet: Sheet, folder: str) -> None:
     """Reads of 1 MiB of a kdump, no page of it decoded before, against zlib on the bare pages."""
     from builders import kdump
 
@@ -295,14 +270,14 @@ def bench_kdump(folder: str) -> bool:
     source.close()
     mine = KDUMP_SIZE / statistics.median(ours) / 1e6
     theirs = len(packed) * 4096 / statistics.median(bare) / 1e6
-    what, figure = "kdump, pages not seen before", f"{mine:.0f} MB/s CPU"
-    return row(what, figure, mine / theirs, 1, f"x zlib alone ({theirs:.0f})")
+    what, figure = "zlib kdump, pages not seen before", f"{mine:.0f} MB/s CPU"
+    sheet.faster(what, figure, mine / theirs, f"zlib alone ({theirs:.0f} MB/s)", 1)
 
 
 # the scan for the way in
 
 
-def bench_scan(image: Image) -> bool:
+def bench_scan(sheet: Sheet, image: Image) -> None:
     """The whole search for the way in; what it passes over is counted up to the kernel."""
     source = FileSource(image.path)
     raw = Raw(source)
@@ -317,8 +292,8 @@ def bench_scan(image: Image) -> bool:
             raise SystemExit(f"the scan found another way in: {way}")
     source.close()
     rate = image.at / statistics.median(seconds[1:]) / 1e9
-    size = f"{image.at / 1e9:.2f} GB, wall"
-    return row("scan for the way in", size, rate, 1, "GB/s")
+    what = f"scan of {image.at / 1e9:.2f} GB for the way in"
+    sheet.add(what, f"{rate:.1f} GB/s wall", target="at least 1 GB/s", met=rate >= 1)
 
 
 # the mounted kmem
@@ -360,12 +335,13 @@ def mounted(image: Image, directory: str) -> Iterator[str]:
             server.terminate()
 
 
-def bench_mount(image: Image, folder: str) -> bool:
+def bench_mount(sheet: Sheet, image: Image, folder: str) -> None:
     """kmem of a running `kvmtool mount` against the dump's own file, both by dd."""
     what = "mounted kmem, dd bs=1M"
     why = fuse_is_missing()
     if why:
-        return skipped(what, why)
+        sheet.missing(what, why)
+        return
     offset = DATA & (1 << 63) - 1
     ours, plain = [], []
     with mounted(image, os.path.join(folder, "mount")) as kmem:
@@ -374,7 +350,7 @@ def bench_mount(image: Image, folder: str) -> bool:
             ours.append(dd(kmem, offset, READ_SIZE))
     mine, theirs = (READ_SIZE / statistics.median(each[1:]) / 1e9 for each in (ours, plain))
     figure = f"{mine:.2f} GB/s wall"
-    return row(what, figure, mine / theirs, 0.1, f"x a plain file ({theirs:.1f})")
+    sheet.faster(what, figure, mine / theirs, f"dd of a plain file ({theirs:.1f})", 0.1)
 
 
 # a live machine
@@ -436,7 +412,7 @@ def reads_a_second(read: Callable[[int, int], bytes], start: int) -> float:
     return statistics.median(rates)
 
 
-def bench_live(folder: str) -> bool:
+def bench_live(sheet: Sheet, folder: str) -> None:
     """Virtual reads by the stub, and reads translated here: those ask for every table as well."""
     built = os.path.exists(os.path.join(MACHINE, "org.kvmtool.machine.mmread"))
     real = built and shutil.which("qemu-system-x86_64") is not None
@@ -453,21 +429,17 @@ def bench_live(folder: str) -> bool:
                 raise SystemExit("the stub and the page tables lead to different bytes")
             direct = reads_a_second(virtual.read, start)
             walked = reads_a_second(kvm.memory.read, start)
-    met = row("live gdb reads, 8 to 64 bytes", "wall", direct, 5000, f"a second, {whose}")
-    print(f"{'  through page tables':<34} {'wall':>14}  {walked:8.3g} a second")
-    return met
+    what = "live reads of 8 to 64 bytes by gdb's protocol"
+    figure, target = f"{direct:,.0f} a second", "at least 5,000 a second"
+    sheet.add(what, figure, against=whose, target=target, met=direct >= 5000)
+    sheet.add(f"{what}, page tables walked here", f"{walked:,.0f} a second", against=whose)
 
 
-def main() -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        image = write_image(folder, "fragments", READ_SIZE + 8 * MIB, READ_SIZE)
-        met = bench_reads(image)
-        met.append(bench_kdump(folder))
-        met.append(bench_scan(write_image(folder, "sparse", SCAN_SIZE, 0)))
-        met.append(bench_mount(image, folder))
-        met.append(bench_live(folder))
-    return 0 if all(met) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def run(sheet: Sheet, folder: str) -> None:
+    """Virtual reads, kdump, the scan, the mount, and a live machine."""
+    image = write_image(folder, "fragments", READ_SIZE + 8 * MIB, READ_SIZE)
+    bench_reads(sheet, image, "virtual reads, 4 KiB pages in runs of 16")
+    bench_kdump(sheet, folder)
+    bench_scan(sheet, write_image(folder, "sparse", SCAN_SIZE, 0))
+    bench_mount(sheet, image, folder)
+    bench_live(sheet, folder)

@@ -12,11 +12,11 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
+from typing import TYPE_CHECKING
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
+if TYPE_CHECKING:
+    from bench.sheet import Sheet
 
 ROUNDS = 7
 MB = 1_000_000
@@ -75,31 +75,18 @@ def elftools_walk(path: str, units: int) -> float:
     return (time.perf_counter() - began) * total / walked
 
 
-def row(what: str, took: float, target: float) -> bool:
-    met = "met" if took <= target else "MISSED"
-    print(f"{what:<52} {1000 * took:7.0f} ms   target {1000 * target:.0f}: {met}")
-    return took <= target
-
-
-def main() -> int:
+def run(sheet: Sheet, folder: str) -> None:
+    """dSYMs of 30 and 160 MB, the first time and the second, against pyelftools' full walk."""
     from tests.builders import dwarf_big
 
-    met = []
-    with tempfile.TemporaryDirectory() as folder:
-        for size, targets in ((30 * MB, (0.35, 0.15)), (160 * MB, (1.0, 0.15))):
-            path = dwarf_big.write_dsym(folder, size)
-            what = f"type proc, dSYM of {os.path.getsize(path) / MB:.0f} MB"
-            first, second = medians(path, folder)
-            met.append(row(f"{what}, the first time", first, targets[0]))
-            met.append(row(f"{what}, the second time", second, targets[1]))
-            walk = elftools_walk(path, 3)
-            ratio = walk / first
-            verdict = "met" if ratio >= 100 else "MISSED"
-            name = f"{what}: pyelftools' full walk {walk:.0f} s"
-            print(f"{name:<52} {ratio:7.0f} x   target 100: {verdict}")
-            met.append(ratio >= 100)
-    return 0 if all(met) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    for size, targets in ((30 * MB, (0.35, 0.15)), (160 * MB, (1.0, 0.15))):
+        path = dwarf_big.write_dsym(folder, size)
+        what = f"type proc, dSYM of {os.path.getsize(path) / MB:.0f} MB"
+        took = medians(path, folder)
+        for name, each, most in zip(("first", "second"), took, targets, strict=True):
+            target = f"at most {1000 * most:.0f} ms"
+            figure = f"{1000 * each:.0f} ms wall"
+            sheet.add(f"{what}, {name} time", figure, target=target, met=each <= most)
+        walk = elftools_walk(path, 3)
+        theirs = f"pyelftools, full walk ({walk:.0f} s)"
+        sheet.faster(what, f"{1000 * took[0]:.0f} ms wall", walk / took[0], theirs, 100)
