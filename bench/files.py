@@ -27,7 +27,7 @@ def gzipped(sheet: Sheet, folder: str) -> None:
     again = medians(
         {"gz": command, "plain": kvmtool("procs", "-N", kernel, "-M", inputs.plain_core(_DUMP))}, 5
     )
-    size = os.path.getsize(packed) / 1e6
+    size = os.path.getsize(inputs.plain_core(_DUMP)) / 1e6
     sheet.add(f"procs on a gzip'ed core of {size:.0f} MB, first", f"{first.ms:.0f} ms CPU")
     sheet.add(
         f"procs on a gzip'ed core of {size:.0f} MB, again",
@@ -83,7 +83,7 @@ def volatility(sheet: Sheet, folder: str) -> None:
     figure = f"{costs['ours'].ms:.0f} ms, {costs['ours'].mb:.0f} MB"
     against = f"Volatility 3 mac.pslist ({costs['pslist'].ms:.0f} ms, {costs['pslist'].mb:.0f} MB)"
     ratio = costs["pslist"].ms / costs["ours"].ms
-    sheet.faster("procs, 60 processes in LiME", figure, ratio, against, 10)
+    sheet.add("procs, 60 processes in LiME", figure, ratio=ratio, against=against)
     figure = f"{costs['info'].ms:.0f} ms, {costs['info'].mb:.0f} MB"
     against = f"Volatility 3 banners ({costs['banners'].ms:.0f} ms)"
     ratio = costs["banners"].ms / costs["info"].ms
