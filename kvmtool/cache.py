@@ -124,15 +124,30 @@ def _write(where: str, path: str, payload: bytes) -> None:
         raise
 
 
+def usage(where: str) -> tuple[int, int]:
+    """How many entries there are in the directory `where`, and their bytes; (0, 0) without it."""
+    try:
+        found = _entries(where)
+    except OSError:
+        return 0, 0
+    return len(found), sum(size for _, size, _ in found)
+
+
+def _entries(where: str) -> list[tuple[float, int, str]]:
+    """(time of change, bytes, name) of each of our files in `where`. Raises OSError."""
+    entries: list[tuple[float, int, str]] = []
+    with os.scandir(where) as found:
+        for entry in found:
+            if entry.name.endswith(_SUFFIX) and entry.is_file(follow_symlinks=False):
+                status = entry.stat(follow_symlinks=False)
+                entries.append((status.st_mtime, status.st_size, entry.name))
+    return entries
+
+
 def _evict(where: str, keep: str) -> None:
     """Remove our oldest files in `where` until all of them fit into LIMIT; never `keep`."""
-    entries: list[tuple[float, int, str]] = []
     try:
-        with os.scandir(where) as found:
-            for entry in found:
-                if entry.name.endswith(_SUFFIX) and entry.is_file(follow_symlinks=False):
-                    status = entry.stat(follow_symlinks=False)
-                    entries.append((status.st_mtime, status.st_size, entry.name))
+        entries = _entries(where)
         excess = sum(size for _, size, _ in entries) - LIMIT
         for _, size, name in sorted(entries):
             if excess <= 0:

@@ -26,6 +26,8 @@ from kvmtool.errors import ExpressionError, KvmError, KvmWarning
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from click.shell_completion import CompletionItem
+
 ERROR, USAGE, PARTIAL = 1, 2, 3
 
 # command -> (module in kvmtool.cli, help line); loaded when it is used
@@ -33,11 +35,13 @@ COMMANDS = {
     "args": ("args", "What processes were started with: arguments and environment."),
     "backtrace": ("backtrace", "Kernel stacks: of a thread, of a process, of each CPU."),
     "check": ("check", "What a rootkit changes: pointers to code, lists, and code."),
+    "completion": ("completion", "What makes bash, zsh or fish complete our words."),
     "convert": ("convert", "Write the memory of a core in another form."),
     "cpus": ("cpus", "The processors, and what each was doing."),
     "dd": ("devices", "The dd line that reads an address from a mounted kmem."),
     "demo": ("demo", "Write the embedded sample, and say what to type."),
     "devsw": ("devsw", "The device switches, and which driver owns each slot."),
+    "doctor": ("doctor", "What is available here, and what each missing extra would add."),
     "dmesg": ("dmesg", "The kernel's message buffer."),
     "extract": ("extract", "A kernel, a kext or a core as a file by itself."),
     "files": ("files", "What processes hold open: files, sockets, pipes."),
@@ -74,12 +78,12 @@ GROUPS = {
     "Look up": "nlist symbols symbol",
     "Read memory": "read print walk search regions vtop",
     "Processes": "procs args threads backtrace files",
-    "The kernel's state": "host load cpus dmesg panic check vm zones "
+    "The kernel's state": "host load cpus dmesg panic vm zones "
     "kexts devsw syscalls sysctl net mounts",
     "Types": "type types",
-    "Images and dumps": "info kernels convert extract",
+    "Images and dumps": "info check kernels convert extract",
     "Devices": "mount dd",
-    "Help": "demo",
+    "Help": "demo doctor completion",
 }
 
 
@@ -129,6 +133,14 @@ class Commands(click.Group):
         module = import_module(f"kvmtool.cli.{COMMANDS[cmd_name][0]}")
         command: click.Command = getattr(module, cmd_name)
         return command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Commands and options that begin so, without importing a command."""
+        from click.shell_completion import CompletionItem
+
+        names = [name for name in sorted(COMMANDS) if name.startswith(incomplete)]
+        commands = [CompletionItem(name, help=COMMANDS[name][1]) for name in names]
+        return commands + click.Command.shell_complete(self, ctx, incomplete)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The commands first: they are what is looked for; then the options."""

@@ -12,6 +12,8 @@ from kvmtool.errors import NotFoundError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from click.shell_completion import CompletionItem
+
     from kvmtool.kvm import Kvm
 
     _AddressType = click.ParamType["AddressExpr"]
@@ -109,6 +111,14 @@ class AddressParam(_AddressType):
         if not 0 <= address <= HIGHEST:
             self.fail(f"{text} is {address:#x}, expected 0 to {HIGHEST:#x}", param, ctx)
         return AddressExpr(text, None, address)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """The symbols that were listed last."""
+        from kvmtool.cli.words import complete_symbols
+
+        return complete_symbols(ctx, param, incomplete)
 
 
 class SizeParam(_IntType):

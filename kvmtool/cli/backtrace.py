@@ -11,6 +11,7 @@ from kvmtool.cli.command import Sectioned
 from kvmtool.cli.listing import Listing, finish, opened
 from kvmtool.cli.params import core_argument, format_option, kernel_options
 from kvmtool.cli.render import Address, Column, Named, render, visible
+from kvmtool.cli.words import complete_pids
 from kvmtool.errors import NotFoundError
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def _check(which: str | None, *others: object) -> None:
 
 
 @click.command(cls=Sectioned)
-@click.argument("which", required=False, metavar="[PID|THREAD]")
+@click.argument("which", required=False, metavar="[PID|THREAD]", shell_complete=complete_pids)
 @click.option("--cpu", type=int, metavar="N", help="What this CPU was doing.")
 @click.option("--tid", type=int, metavar="N", help="The thread with this id.")
 @click.option("--all", "every", is_flag=True, help="Every thread.")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvmtool.cli import PARTIAL, say
+from kvmtool.cli.command import Sectioned
 from kvmtool.cli.listing import Listing, listing_options, opened
 from kvmtool.cli.render import Column, Named, render
 
@@ -59,7 +60,7 @@ class _Names(click.ParamType[str]):
         return str(value)
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @click.option("--only", multiple=True, type=_Names(), help="Make this check; may be repeated.")
 @click.option("--all", "every", is_flag=True, help="What has a known reason, too.")
 @click.option("--list", "listed", is_flag=True, help="Say which checks there are, and end.")

@@ -18,6 +18,7 @@ from kvmtool.cli.params import (
     format_option,
     kernel_options,
 )
+from kvmtool.cli.words import complete_pids
 from kvmtool.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -71,7 +72,9 @@ class Reading:
 @click.option("--partial", is_flag=True, help="Read around holes; they are shown as what they are.")
 @click.option("--zero-fill", is_flag=True, help="Read holes as zeros.")
 @click.option("--physical", is_flag=True, help="ADDRESS is a physical one.")
-@click.option("--pid", type=int, help="ADDRESS is one of this process's.")
+@click.option(
+    "--pid", type=int, shell_complete=complete_pids, help="ADDRESS is one of this process's."
+)
 @format_option
 @kernel_options
 def read(

@@ -13,6 +13,7 @@ from kvmtool.cli.listing import finish
 from kvmtool.cli.opening import opened
 from kvmtool.cli.params import Where, format_option, kernel_options
 from kvmtool.cli.render import Address, Column, render, render_one
+from kvmtool.cli.words import complete_symbols
 from kvmtool.errors import FaultError, NotFoundError
 from kvmtool.unreadable import Unreadable
 
@@ -34,7 +35,7 @@ _COLUMNS = (
 
 
 @click.command(cls=Sectioned)
-@click.argument("expression", metavar="EXPR")
+@click.argument("expression", metavar="EXPR", shell_complete=complete_symbols)
 @click.option(
     "--depth",
     type=click.IntRange(0),
@@ -171,7 +172,7 @@ def _show(cells: Iterator[tuple[Object, list[Natural]]], names: list[str], forma
 
 
 @click.command(cls=Sectioned)
-@click.argument("expression", metavar="EXPR")
+@click.argument("expression", metavar="EXPR", shell_complete=complete_symbols)
 @click.option("--next", "follow", metavar="MEMBER", help="The member with the next pointer.")
 @click.option(
     "--container",

@@ -11,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from kvmtool.cli.arguments import ADDRESS, KEXT, OFFSET, SIZE, AddressExpr
+from kvmtool.cli.words import complete_archs, complete_formats
 
 if TYPE_CHECKING:
     from kvmtool.cli.render import Column
@@ -125,11 +126,17 @@ _KERNEL_OPTIONS = (
         metavar="BYTES",
         help="How far the kernel was moved, if that is found wrong.",
     ),
-    click.option("--arch", metavar="NAME", help="Which part of a fat file: i386, x86_64, arm64."),
+    click.option(
+        "--arch",
+        metavar="NAME",
+        shell_complete=complete_archs,
+        help="Which part of a fat file: i386, x86_64, arm64.",
+    ),
     click.option(
         "--core-format",
         "format_name",
         metavar="NAME",
+        shell_complete=complete_formats,
         help="What the core is if its bytes do not say: raw[@ADDR].",
     ),
     click.option("--force", is_flag=True, help="Go on though kernel and core do not match."),

@@ -9,6 +9,7 @@ import click
 from kvmtool.cli.command import Sectioned
 from kvmtool.cli.listing import Listing, listing_options, opened, time_fields
 from kvmtool.cli.render import Column, Named
+from kvmtool.cli.words import complete_pids, remember
 from kvmtool.unreadable import Unreadable
 
 if TYPE_CHECKING:
@@ -256,8 +257,27 @@ def _rows(
         yield row
 
 
+def _heard(procs: Iterable[Proc], known: list[tuple[str, str]]) -> Iterator[Proc]:
+    """The processes, and what a shell may complete of them in `known`."""
+    for proc in procs:
+        if isinstance(proc.pid, int):
+            known.append((str(proc.pid), proc.comm if isinstance(proc.comm, str) else ""))
+        yield proc
+
+
+def _keep(where: Where, checks: list[Callable[[Proc], bool]], known: list[tuple[str, str]]) -> None:
+    if known and not checks:
+        remember("pids", where, lambda: known)
+
+
 @click.command(cls=Sectioned)
-@click.option("--pid", type=int, multiple=True, help="Only this process. Repeatable.")
+@click.option(
+    "--pid",
+    type=int,
+    shell_complete=complete_pids,
+    multiple=True,
+    help="Only this process. Repeatable.",
+)
 @click.option("--pgrp", "pgid", type=int, help="Only this process group.")
 @click.option("--session", "sid", type=int, help="Only this session.")
 @click.option("--tty", help="Only this terminal: ttys000, s000, console.")
@@ -293,7 +313,10 @@ def procs(
     kvm = opened(where)
     report = Report()
     checks = _filters(pid, pgid, sid, tty, user)
-    found = (proc for proc in kvm.procs(report) if all(check(proc) for check in checks))
+    known: list[tuple[str, str]] = []
+    click.get_current_context().call_on_close(lambda: _keep(where, checks, known))
+    every = _heard(kvm.procs(report), known)
+    found = (proc for proc in every if all(check(proc) for check in checks))
     if env:
         columns = (*(columns or LISTING.shown), "args", "env")
     wanted = {column.name for column in LISTING.chosen(columns, format)}

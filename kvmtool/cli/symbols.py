@@ -10,6 +10,7 @@ from kvmtool.cli import ERROR, PARTIAL, say
 from kvmtool.cli.command import Sectioned
 from kvmtool.cli.opening import opened
 from kvmtool.cli.params import FORMATS, Where, format_option, kernel_options
+from kvmtool.cli.words import complete_symbols, remember
 from kvmtool.nlist import N_EXT, N_STAB, N_TYPE, N_UNDF, Nlist, type_letter
 
 if TYPE_CHECKING:
@@ -71,7 +72,9 @@ def _no_symbols(kvm: Kvm) -> str:
 
 
 @click.command(cls=Sectioned)
-@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@click.argument(
+    "names", metavar="NAME...", nargs=-1, required=True, shell_complete=complete_symbols
+)
 @click.option("--raw-value", is_flag=True, help="Print n_value as linked, without the slide.")
 @format_option
 @kernel_options
@@ -134,6 +137,7 @@ def symbols(
       kvmtool symbols '*devsw*' -N mach_kernel
     """
     kvm = opened(where)
+    remember("symbols", where, lambda: _words(kvm))
     picked = [
         entry
         for entry in kvm.symbols.entries()
@@ -150,6 +154,13 @@ def symbols(
     elif not table_order:
         picked.sort(key=lambda entry: entry.name, reverse=reverse)
     _print(kvm, picked, "names" if names_only else format)
+
+
+def _words(kvm: Kvm) -> Iterator[tuple[str, str]]:
+    """What the shell may complete: the names that have an address."""
+    for entry in kvm.symbols.entries():
+        if not entry.n_type & N_STAB and entry.n_type & N_TYPE != N_UNDF:
+            yield entry.name, ""
 
 
 def _matching(entries: list[Nlist], pattern: str) -> list[Nlist]:

@@ -9,6 +9,7 @@ import click
 from kvmtool.cli.command import Sectioned
 from kvmtool.cli.listing import Listing, listing_options, opened
 from kvmtool.cli.render import Column, Named
+from kvmtool.cli.words import complete_pids
 from kvmtool.unreadable import Unreadable
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def _code(kvm: Kvm, address: Any) -> Any:
 
 
 @click.command(cls=Sectioned)
-@click.argument("pid", required=False, type=int)
+@click.argument("pid", required=False, type=int, shell_complete=complete_pids)
 @listing_options
 def threads(where: Where, pid: int | None, columns: tuple[str, ...], format: str) -> None:
     """List the threads, or those of the process PID: what each waits for, and where it goes on.

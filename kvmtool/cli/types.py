@@ -11,6 +11,7 @@ from kvmtool.cli import PARTIAL, say
 from kvmtool.cli.command import Sectioned
 from kvmtool.cli.opening import opened
 from kvmtool.cli.params import SIZE, Where, format_option, kernel_options
+from kvmtool.cli.words import complete_types, remember
 from kvmtool.errors import KvmError, NotFoundError, UnknownFormatError
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def _others(other: str, where: Where) -> TypeTable:
 
 
 @click.command(cls=Sectioned)
-@click.argument("words", metavar="NAME...", nargs=-1, required=True)
+@click.argument("words", metavar="NAME...", nargs=-1, required=True, shell_complete=complete_types)
 @click.option("-e", "--expand", is_flag=True, help="Open the structures inside that have a name.")
 @click.option("--offset", type=SIZE, metavar="BYTES", help="Only the member that lies there.")
 @click.option(
@@ -208,6 +209,7 @@ def types(pattern: str | None, kind: tuple[str, ...], format: str, where: Where)
             yield row
 
     table = types_of(where)
+    remember("types", where, lambda: ((name, "") for name in table.source.names("tag")))
     columns = (
         Column("kind", "KIND"),
         Column("size", "SIZE", "number"),
