@@ -8,13 +8,16 @@ lines, `...` inside a line for any text. A comment before a block says what is s
     <!-- needs fuse -->            left out, with that reason, where there is none
     <!-- needs data FILE... -->    files of ../shared/data, by their names there without .xz
     <!-- needs program jq -->
+    <!-- needs stub -->            the machine sample behind a gdb stub at localhost:1234
     <!-- needs a Mac -->           never run here
     <!-- exits 3 -->               the exit status of the block's last command; 0 otherwise
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -24,6 +27,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
+from kvmtool import sample
+from kvmtool.formats.lime import Lime
+from kvmtool.source import FileSource
+from tests.builders import gdbserver
+from tests.builders.gdbserver import Stub
 from tests.inputs import DATA, ROOT, real
 
 if TYPE_CHECKING:
@@ -36,6 +44,12 @@ FENCE = re.compile(
 )
 SAID = re.compile(r"<!-- (needs|exits) (.*?) -->")
 MARK = "\x1e"
+STUB = "gdb://localhost:1234"  # QEMU's -s
+RAM = """FlatView #0
+ AS "memory", root: system
+ Root memory region: system
+  0000000000000000-0000000007ffffff (prio 0, ram): pc.ram
+"""
 LIMIT = 120  # seconds a page may take
 
 
@@ -97,6 +111,8 @@ def missing(block: Block) -> str | None:
         if what == "fuse":
             here = os.access("/dev/fuse", os.R_OK | os.W_OK) and shutil.which("fusermount3")
             here = here and importlib.util.find_spec("mfusepy") is not None
+        elif what == "stub":
+            here = True
         elif what == "program":
             here = shutil.which(rest) is not None
         elif what == "data":
@@ -123,6 +139,22 @@ def unpack(block: Block, folder: str) -> None:
                 os.symlink(real(name), link)
 
 
+@contextlib.contextmanager
+def stub(blocks: list[Block], folder: str) -> Iterator[str]:
+    """Where the machine sample answers as one halted under QEMU does, if a block needs that."""
+    if not any("stub" in block.needs for block in blocks):
+        yield STUB
+        return
+    paths = {os.path.basename(path): path for path in sample.write(f"{folder}/.stub", "machine")}
+    with open(paths["serial.jsonl"]) as lines:
+        root = int(json.loads(next(lines))["root"], 16)
+    with contextlib.closing(FileSource(paths["memory.lime"])) as source:
+        memory = [(r.address, source.read_at(r.offset, r.size)) for r in Lime(source).runs()]
+    registers = gdbserver.registers(cr0=0x80000011, cr3=root, cr4=0x20, efer=0xD01)
+    with Stub(physical=memory, registers=registers, monitor=RAM) as served:
+        yield served.url
+
+
 def script(blocks: list[Block]) -> str:
     """The blocks as one shell script that marks where each command's output begins and ends."""
     lines = []
@@ -146,17 +178,18 @@ def run_page(page: str, folder: str) -> dict[str, tuple[str, int]]:
         "HOME": home,
         "LANG": "C.UTF-8",
     }
-    done = subprocess.run(
-        ["bash", "-s"],
-        input=script(blocks).encode(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        cwd=folder,
-        env=env,
-        timeout=LIMIT,
-        check=False,
-    )
-    text = done.stdout.decode(errors="backslashreplace")
+    with stub(blocks, folder) as url:
+        done = subprocess.run(
+            ["bash", "-s"],
+            input=script(blocks).replace(STUB, url).encode(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            cwd=folder,
+            env=env,
+            timeout=LIMIT,
+            check=False,
+        )
+    text = done.stdout.decode(errors="backslashreplace").replace(url, STUB)
     found = re.findall(f"{MARK}([\\d.]+)\\n(.*?){MARK}(\\d+)\\n", text, re.DOTALL)
     return {name: (output, int(status)) for name, output, status in found}
 
