@@ -207,8 +207,8 @@ def _csv_cell(value: Any, column: Column) -> str:
     if value is None:
         return ""
     text = visible(_words(value, column.kind == "address"))
-    is_text = column.kind in ("text", "list") and not isinstance(value, (int, float))
-    return f"'{text}" if is_text and text.startswith(_FORMULA) else text
+    is_number = isinstance(value, (int, float)) and not isinstance(value, Named)
+    return f"'{text}" if not is_number and text.startswith(_FORMULA) else text
 
 
 def _words(value: Any, is_address: bool = False) -> str:

@@ -347,8 +347,11 @@ def cores() -> Iterator[bytes]:
     """Dumps whose kernel and symbols are inside."""
     from tests.test_builders_xnu import crash
 
-    for name in ("10.9.5 x86_64", "15.5 arm64", "10.6.8 i386"):
-        try:
-            yield crash(name, keep_linkedit=True).core
-        except (KeyError, LookupError):
-            continue
+    for name, release in (
+        ("10.9.5 x86_64", "2422.115.4"),
+        ("15.5 arm64", "11417.121.6"),
+        ("10.6.8 i386", "1504.15.3"),
+    ):
+        arch = name.split()[1].upper()
+        banner = f"Darwin Kernel Version 1.2.3: x; root:xnu-{release}~1/RELEASE_{arch}"
+        yield crash(name, banner=banner, keep_linkedit=True).core

@@ -338,7 +338,7 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
     ("symbols",),
     ("search", "kern"),
     ("print", "*allproc.lh_first"),
-    ("walk", "allproc", "-m", "p_comm"),
+    ("walk", "allproc", "--next", "p_list", "-o", "p_pid,p_comm"),
     ("read", "_version", "64"),
 )
 
