@@ -71,7 +71,7 @@ class Block(NamedTuple):
         for line in self.body.splitlines():
             if line.startswith("$ "):
                 found.append((line[2:], ""))
-            elif line.startswith("> ") and found and not found[-1][1]:
+            elif f"{line} ".startswith("> ") and found and not found[-1][1]:
                 found[-1] = (f"{found[-1][0]}\n{line[2:]}", "")
             else:
                 assert found, f"{self.page}:{self.line}: output before a command"
