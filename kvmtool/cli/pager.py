@@ -47,12 +47,14 @@ def start_pager(ctx: click.Context) -> None:
 def _end(pager: subprocess.Popen[bytes], terminal: int) -> None:
     """Give the pager its end of file, and wait until the user has read."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the pager's now
+    after = terminal
     try:
         sys.stdout.flush()
-    except BrokenPipeError:  # the user has seen enough
-        pass
+    except BrokenPipeError:  # the user has seen enough: what is left is not for the terminal
+        after = os.open(os.devnull, os.O_WRONLY)
     finally:
-        os.dup2(terminal, 1)
-        os.close(terminal)
+        os.dup2(after, 1)
+        for fd in {after, terminal}:
+            os.close(fd)
         pager.wait()
         signal.signal(signal.SIGINT, before)
