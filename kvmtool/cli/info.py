@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvmtool.cli.color import bold
 from kvmtool.cli.command import Sectioned
 from kvmtool.cli.opening import opened
 from kvmtool.cli.params import Where, core_argument, format_option, kernel_options
@@ -245,7 +247,7 @@ def show(facts: Mapping[str, Any]) -> None:
         for item in content if isinstance(content, list) else [content]:
             if not item:
                 continue
-            click.echo(click.style(part.upper(), bold=True))
+            click.echo(bold(part.upper(), sys.stdout), color=True)
             plain = {
                 key: value
                 for key, value in item.items()

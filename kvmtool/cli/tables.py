@@ -1,37 +1,39 @@
 """Tables for people: cells in aligned columns, and what to do when the terminal is too narrow.
 
 Piped, a table is plain text: two spaces between columns, nothing cut off, no trailing spaces. rich
-is imported only when the output is a terminal.
+is imported only when a terminal is too narrow.
 """
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING
+import shutil
+from typing import TYPE_CHECKING, Literal
+
+from kvmtool.cli.color import bold, colored
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from typing import TextIO
 
-    from rich.console import Console
+    from rich.console import JustifyMethod
 
 GAP = "  "
 _BLOCK = 1000  # rows whose widths are found together; a later block can only widen the columns
-_NARROWEST = 12  # cells; text folded into less is not readable
+_NARROWEST = 8  # cells; text cut shorter says nothing
 
 
 class Table:
     """Lines of cells, written a block at a time, so that a long table needs little memory.
 
-    On a terminal the text of a block that is too wide is folded, and where even that would not be
-    readable every row becomes a paragraph with a line per cell. Cells hold only characters that
-    print.
+    On a terminal the widest text of a block that is too wide is cut, with an ellipsis, numbers
+    never are; where even that would not do every row becomes a paragraph with a line per cell.
+    Cells hold only characters that print.
     """
 
     def __init__(
         self, headings: Sequence[str], right: Sequence[bool], labels: Sequence[str], out: TextIO
     ) -> None:
-        """`right` says which columns are right-aligned (and never folded).
+        """`right` says which columns are right-aligned (and never cut).
 
         `labels` stand in paragraphs for headings that are empty; with no heading at all there is
         no line of headings.
@@ -40,7 +42,7 @@ class Table:
         self._right = right
         self._labels = [heading or label for heading, label in zip(headings, labels, strict=True)]
         self._out = out
-        self._console = _console(out) if out.isatty() else None
+        self._terminal = out.isatty()
         self._widths = [width_of(heading) for heading in headings]
         self._head_due = any(headings)
 
@@ -62,33 +64,33 @@ class Table:
     def _write_block(self, block: list[list[str]]) -> None:
         for cells in block:
             self._widths = list(map(max, self._widths, map(width_of, cells)))
-        if self._console is None:
-            self._write_lines(block)
+        if self._terminal:
+            self._print(block)
         else:
-            self._print(block, self._console)
+            self._write_lines(block)
         self._head_due = False
 
     def _write_lines(self, block: list[list[str]]) -> None:
         if self._head_due:
-            self._out.write(self._line(self._headings) + "\n")
+            self._out.write(bold(self._line(self._headings), self._out) + "\n")
         self._out.writelines(self._line(cells) + "\n" for cells in block)
 
-    def _print(self, block: list[list[str]], console: Console) -> None:
-        folded = fit(self._widths, self._right, console.width)
-        if folded is None:
+    def _print(self, block: list[list[str]]) -> None:
+        """A block on a terminal."""
+        columns = shutil.get_terminal_size().columns
+        cut = fit(self._widths, self._right, columns)
+        if cut is None:
             self._write_paragraphs(block)
-        elif folded != self._widths:
-            self._print_folded(block, folded, console)
+        elif cut != self._widths:
+            self._print_cut(block, cut, columns)
         else:
-            if self._head_due:
-                console.print(self._line(self._headings), style="bold", soft_wrap=True)
-                self._head_due = False
             self._write_lines(block)
 
     def _line(self, cells: Sequence[str]) -> str:
         return GAP.join(map(pad, cells, self._widths, self._right)).rstrip()
 
-    def _print_folded(self, block: list[list[str]], widths: list[int], console: Console) -> None:
+    def _print_cut(self, block: list[list[str]], widths: list[int], columns: int) -> None:
+        from rich.console import Console
         from rich.table import Table as RichTable
         from rich.text import Text
 
@@ -96,12 +98,14 @@ class Table:
             box=None, pad_edge=False, padding=(0, len(GAP), 0, 0), show_header=self._head_due
         )
         for heading, width, right in zip(self._headings, widths, self._right, strict=True):
+            justify: JustifyMethod = "right" if right else "left"
             table.add_column(
-                heading, width=width, justify="right" if right else "left", overflow="fold"
+                heading, width=width, justify=justify, no_wrap=True, overflow="ellipsis"
             )
         for cells in block:
             table.add_row(*map(Text, cells))
-        console.print(table)
+        system: Literal["auto"] | None = "auto" if colored(self._out) else None
+        Console(file=self._out, width=columns, color_system=system).print(table)
 
     def _write_paragraphs(self, block: list[list[str]]) -> None:
         indent = max(map(width_of, self._labels), default=0)
@@ -143,17 +147,4 @@ def width_of(text: str) -> int:
 
     return sum(
         0 if combining(char) else 2 if east_asian_width(char) in "WF" else 1 for char in text
-    )
-
-
-def _console(out: TextIO) -> Console:
-    from rich.console import Console
-
-    # rich keeps bold under NO_COLOR; a person who sets it wants no escape sequences at all.
-    return Console(
-        file=out,
-        color_system=None if os.environ.get("NO_COLOR") else "auto",
-        highlight=False,
-        markup=False,
-        emoji=False,
     )
