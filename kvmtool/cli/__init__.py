@@ -68,6 +68,7 @@ COMMANDS = {
     "type": ("types", "A type's declaration, with the place of every member."),
     "types": ("types", "List the structures, unions, enums and typedefs."),
     "vm": ("vm", "The counters of virtual memory, as vm_stat shows them."),
+    "vmmap": ("vmmap", "The ranges of an address space, as vmmap shows them."),
     "vtop": ("space", "How an address is translated to a physical one."),
     "walk": ("objects", "Walk any list of the kernel's, with members of its elements."),
     "zones": ("zones", "The zones of the kernel's allocator, as zprint shows them."),
