@@ -25,12 +25,15 @@ if TYPE_CHECKING:
 
 
 class KvmError(Exception):
-    """Root of everything kvmtool raises on purpose.
+    """Root of everything kvmtool raises on purpose; its text is one line, whatever is in it.
 
     `tried` is what was tried before, and why it would not do: one sentence each.
     """
 
     tried: tuple[str, ...] = ()
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(message.replace("\n", "\\n"))
 
 
 class KvmWarning(UserWarning):

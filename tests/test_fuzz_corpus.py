@@ -68,6 +68,11 @@ def _raises(error: BaseException):
     return run
 
 
+class _TwoLines(KvmError):
+    def __str__(self) -> str:
+        return "one\ntwo"
+
+
 def _spins(_data: bytes) -> None:
     end = time.process_time() + SECONDS + 0.2
     while time.process_time() < end:
@@ -77,7 +82,8 @@ def _spins(_data: bytes) -> None:
 def test_what_is_a_finding() -> None:
     assert judge(_raises(FormatError("file", 0, "expected 1, got 2")), b"") is None
     assert judge(lambda _data: None, b"") is None
-    two = judge(_raises(KvmError("a name\nof two lines")), b"")
+    assert judge(_raises(KvmError("a name\nof two lines")), b"") is None  # it escapes them
+    two = judge(_raises(_TwoLines()), b"")
     assert two is not None
     assert two.kind == "two lines"
     bare = judge(_raises(ValueError("x")), b"")

@@ -10,6 +10,7 @@ import os
 from typing import TYPE_CHECKING
 
 from kvmtool.types.ctype import Compound, Enum, Typedef, unqualified
+from kvmtool.types.dwarf_declared import DeclaredCompound
 from kvmtool.types.dwarf_dies import DebugInfo
 from kvmtool.types.dwarf_lookup import PubLookup, TableLookup, WalkLookup
 from kvmtool.types.dwarf_sections import dwarf_sections
@@ -106,7 +107,9 @@ class DwarfTypes:
 
 
 def _weight(ctype: CType) -> int:
-    """How much a definition tells."""
+    """How much a definition tells. A declaration is not asked: it would ask for what is found here."""
+    if isinstance(ctype, DeclaredCompound):
+        return 0
     if isinstance(ctype, Typedef):
         ctype = unqualified(ctype)
         return 1 + _weight(ctype)
