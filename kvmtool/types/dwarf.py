@@ -107,7 +107,7 @@ class DwarfTypes:
 
 
 def _weight(ctype: CType) -> int:
-    """How much a definition tells. A declaration is not asked: it would ask for what is found here."""
+    """How much a definition tells. A declaration is not asked: it would ask for the definition."""
     if isinstance(ctype, DeclaredCompound):
         return 0
     if isinstance(ctype, Typedef):
