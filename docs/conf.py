@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -34,3 +39,24 @@ html_show_sphinx = False
 html_copy_source = False
 templates_path: list[str] = []
 html_static_path: list[str] = []
+
+# Docstrings are plain text: backticks and blocks behind "::" alone mean what they mean to Sphinx.
+_SPECIAL = re.compile(r"[*|]|(?<=[\w\"])_(?!\w)")
+
+
+def _as_plain_text(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
+) -> None:
+    literal = False
+    for number, line in enumerate(lines):
+        literal = literal and (not line.strip() or line.startswith(" "))
+        if not literal and not line.lstrip().startswith(">>>"):
+            parts = line.split("`")
+            parts[::2] = [_SPECIAL.sub(r"\\\g<0>", part) for part in parts[::2]]
+            lines[number] = "`".join(parts)
+        literal = literal or line.endswith("::")
+
+
+def setup(app: Sphinx) -> None:
+    """Called by Sphinx."""
+    app.connect("autodoc-process-docstring", _as_plain_text)
