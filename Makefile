@@ -52,6 +52,7 @@ machine: $(STAMP) ## boot a kernel of our own under QEMU, dump it in every form,
 
 peers: $(STAMP) ## compare with Volatility 3 (processes) and pyaff4 (volumes)
 	@$(BIN)/python tools/peers.py
+	@$(BIN)/python tools/peers_maps.py
 	@$(BIN)/python tools/peers_aff4.py
 
 clean: ## remove the virtualenv and caches
