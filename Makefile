@@ -50,9 +50,10 @@ fuzz: $(STAMP) ## damaged input for every parser, FUZZ_SECONDS (600) each
 machine: $(STAMP) ## boot a kernel of our own under QEMU, dump it in every form, check them
 	@$(BIN)/python -m tests.machine --forms $(FORMS)
 
-peers: $(STAMP) ## compare with Volatility 3 (processes) and pyaff4 (volumes)
+peers: $(STAMP) ## compare with Volatility 3 (processes, files, sockets) and pyaff4 (volumes)
 	@$(BIN)/python tools/peers.py
 	@$(BIN)/python tools/peers_maps.py
+	@$(BIN)/python tools/peers_net.py
 	@$(BIN)/python tools/peers_aff4.py
 
 clean: ## remove the virtualenv and caches
