@@ -1,7 +1,8 @@
 """Write the generated documents, or with --check fail when one is stale.
 
 docs/cli.md comes from the commands' own help, docs/errors.md from errors.py, docs/fields.md from
-the columns of the commands, docs/api/objects.md from the functions of kvmtool.xnu.
+the columns of the commands, docs/api/objects.md from the functions of kvmtool.xnu, docs/limits.md
+from the constants.
 """
 
 from __future__ import annotations
@@ -162,11 +163,19 @@ def _takes_a_target(function: Callable[..., object]) -> bool:
     return bool(parameters) and parameters[0].annotation in ("Target", "FileReader")
 
 
+def limits_page() -> str:
+    """Every limit, and what happens beyond."""
+    from tools import limits
+
+    return NOTE + limits.page()
+
+
 PAGES = {
     "docs/cli.md": cli_page,
     "docs/errors.md": errors_page,
     "docs/fields.md": fields_page,
     "docs/api/objects.md": objects_page,
+    "docs/limits.md": limits_page,
 }
 
 
