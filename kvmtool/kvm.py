@@ -72,12 +72,20 @@ def open(  # noqa: A001  kvmtool.open() reads as what it does
 
     Raises OSError, `FormatError`, `MismatchError`, `NotFoundError`.
     """
-    if core is None:
-        kvm = _open_static(kernel, arch)
-    else:
-        kvm = _open_dump(
-            _Wanted(kernel, core, slide, force, format, arch, kernel_path, progress, mapped)
-        )
+    try:
+        if core is None:
+            kvm = _open_static(kernel, arch)
+        else:
+            kvm = _open_dump(
+                _Wanted(kernel, core, slide, force, format, arch, kernel_path, progress, mapped)
+            )
+    except FormatError as error:
+        from kvmtool.misnamed import misnamed
+
+        better = misnamed(kernel, core)
+        if better is None:
+            raise
+        raise better from error
     kvm.layout_name, kvm.types_file = layout, types
     kvm.kernel_path, kvm.force = kernel_path, force
     kvm.kext_files = tuple(kexts)

@@ -426,7 +426,7 @@ def test_a_missing_file_is_one_line() -> None:
 
 def test_a_core_named_as_the_kernel_is_noticed(machine: list[str]) -> None:
     result = run("nlist", "_cdevsw", "-N", machine[3], status=1)
-    assert "name it with -M instead" in result.stderr
+    assert "expected a kernel's file: name it with -M" in result.stderr
 
 
 def test_demo_writes_the_sample(tmp_path) -> None:

@@ -85,6 +85,7 @@ LAYERS = (
         "handle",
         (
             "container",
+            "misnamed",
             "handle_memory",
             "handle_types",
             "handle",

@@ -7,6 +7,7 @@ This is the one place where an error becomes a line on stderr and an exit status
 from __future__ import annotations
 
 import errno
+import os
 import sys
 import warnings
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from kvmtool.cli.command import write_options
 from kvmtool.cli.ending import Ended, die, listen
 from kvmtool.cli.params import VERBOSE, Where, kernel_options
 from kvmtool.cli.stderr import say as say
-from kvmtool.errors import ExpressionError, KvmError, KvmWarning
+from kvmtool.errors import ExpressionError, FaultError, KvmError, KvmWarning, NotFoundError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -93,6 +94,10 @@ def groups() -> list[tuple[str, list[str]]]:
     found = [(heading, names.split()) for heading, names in GROUPS.items()]
     rest = sorted(COMMANDS.keys() - {name for _, names in found for name in names})
     return found + ([("More", rest)] if rest else [])
+
+
+# what is not found -> the command that lists what there is
+_LISTERS = {"process": "procs", "kext": "kexts", "symbol": "symbols", "type": "types"}
 
 
 class Failure(click.ClickException):
@@ -178,24 +183,45 @@ class Commands(click.Group):
             if ctx.meta.get(VERBOSE):
                 for text in error.tried:
                     say(f"rejected: {text}")
-            raise Failure(error, str(error)) from error
+            raise Failure(error, f"{error}{_next(error)}") from error
         except OSError as error:
             if error.errno == errno.EPIPE:
                 raise Ended(SIGPIPE) from error
             name = f"{error.filename}: " if error.filename is not None else ""
-            raise Failure(error, f"{name}{error.strerror or error}") from error
+            text = f"{name}{error.strerror or error}{_named_in(error.filename)}"
+            raise Failure(error, text) from error
+
+
+def _next(error: KvmError) -> str:
+    """What to type next, where the error itself does not say it."""
+    if isinstance(error, FaultError):
+        return "; kvmtool regions lists what there is"
+    if isinstance(error, NotFoundError) and not error.near:
+        lister = _LISTERS.get(error.kind)
+        return f"; kvmtool {lister} lists them" if lister else ""
+    return ""
+
+
+def _named_in(path: object) -> str:
+    """The variable that names a file, which the user may not think of."""
+    names = ("KVMTOOL_KERNEL", "KVMTOOL_CORE", "KVMTOOL_TYPES")
+    said = next((name for name in names if path and os.environ.get(name) == path), None)
+    return f" (it is named in {said})" if said else ""
 
 
 def _no_command(name: str) -> str:
     """What to say of a command that is none: those like it, or what to do with a file's name."""
-    import os
     from difflib import get_close_matches
 
     near = get_close_matches(name, COMMANDS, 3)
     if near:
         return f"no command {name!r}: did you mean {' or '.join(near)}?"
     if os.path.isfile(name):
-        return f"no command {name!r}, which is a file: try kvmtool info -M {name}"
+        from kvmtool.misnamed import kind_of
+
+        kind = kind_of(name)
+        option = "-N" if kind is not None and kind[0] == "kernel" else "-M"
+        return f"no command {name!r}, which is a file: try kvmtool info {option} {name}"
     return f"no command {name!r}: kvmtool --help lists them"
 
 

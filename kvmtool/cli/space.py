@@ -95,7 +95,7 @@ def _tables(kvm: Kvm) -> Walker:
         paged: PagedMemory = kvm.memory  # type: ignore[assignment]
         return paged.walker
     if kvm.dump is None:
-        raise UnsupportedError("page tables are in dumps: a kernel's file alone has none")
+        raise UnsupportedError("a kernel's file alone has no page tables: name a core with -M")
     from kvmtool.physmap import kernel_walker
 
     tables = kernel_walker(kvm.arch, kvm.memory, kvm.symbols)
