@@ -10,12 +10,13 @@ from click.testing import CliRunner
 
 import kvmtool
 from kvmtool.cli import cli
+from kvmtool.errors import FormatError
 from kvmtool.types import layouts
 from kvmtool.types.fixed import FixedTypes
 from kvmtool.unreadable import Unreadable
 from kvmtool.xnu.host import boot_args, host, page_size
-from kvmtool.xnu.load import boottime
-from tests.builders.sparse import sparse_target
+from kvmtool.xnu.load import boottime, load
+from tests.builders.sparse import Sparse, sparse_target
 from tests.inputs import DUMPS, oracle, plain_core, real, truth
 
 X86 = "machine/x86_64-xnu-2422.115.4.mach_kernel"
@@ -201,3 +202,31 @@ def without_page(dump, address, folder):
         at += size
     core.write_bytes(data)
     return str(core)
+
+
+def test_load_of_a_kernel_that_has_little():
+    made = Sparse("10.13.6 x86_64")
+    found = load(made.target())
+    assert found.loadavg is found.avenrun is found.mach_factor is found.boottime is None
+    made.variable("_averunnable", struct.pack("<3I4xq", 1, 2, 3, 0))
+    with pytest.raises(FormatError, match=r"fscale at 0x\w+ is 0, expected 2048"):
+        load(made.target())
+    made.variable("_averunnable", struct.pack("<3I4xq", 2048, 1024, 3072, 2048))
+    made.variable("_mach_factor", struct.pack("<3I", 1500, 250, 0))
+    proc = made.record("proc")
+    made.pointer("_kernproc", proc.address)
+    found = load(made.target())
+    assert found.loadavg == [1.0, 0.5, 1.5]
+    assert found.mach_factor == [1.5, 0.25, 0.0]
+    assert found.boottime is None  # what kernproc leads to is not process 0
+    proc.text("p_comm", "kernel_task", 17)
+    proc.timeval("p_start", (1_500_000_000, 7))
+    assert load(made.target()).boottime == (1_500_000_000, 7)
+
+
+def test_load_for_people():
+    dump = "x86_64-10.8.5"
+    where = ("-N", real(f"dumps/{dump}/mach_kernel"), "-M", plain_core(dump))
+    lines = CliRunner().invoke(cli, ["load", *where]).stdout.splitlines()
+    assert lines[0].split() == ["boottime", "2017-07-11T02:40:00.000000Z"]
+    assert "load averages (1, 5, 15 min)  0.72 1.01 3.31" in lines

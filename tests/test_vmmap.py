@@ -532,3 +532,38 @@ def test_the_file_behind_a_pager(name):
     assert Objects(plan.made.target()).pager(other) == ("compressor", None)
     missing = objects.pager(0xFFFFFE9900000000)
     assert missing.kind == missing.vnode == Unreadable("unmapped at 0xfffffe9900000000")
+
+
+def test_a_submap_that_is_none():
+    plan = Planted("10.13.6 x86_64")
+    junk = plan.made.alloc(bytes(0x200))
+    plan.entry(0x1000, 0x2000, thing=junk, submap=True)
+    plan.entry(0x3000, 0x4000, thing=0xFFFFFF9900000000, submap=True)
+    report = Report()
+    maps = Maps(plan.finish(), report)
+    assert len(list(maps.entries(maps.reader.of_kernel(), submaps=True))) == 2
+    assert f"no ring of entries at {junk:#x}" in report.stops[0]
+    assert "0xffffff9900000010 is unmapped" in report.stops[1]
+
+
+def test_a_process_whose_map_is_null():
+    made = Sparse("10.13.6 x86_64")
+    task = made.record("task")
+
+    class Proc:
+        pid, task = 7, 0
+
+    proc = Proc()
+    proc.task = task.address
+    with pytest.raises(UnsupportedError, match="process 7 has no address space: its map is null"):
+        MapReader(made.target()).of_process(proc)  # type: ignore[arg-type]
+
+
+def test_an_object_that_is_absent():
+    plan = Planted("10.13.6 x86_64")
+    plan.entry(0x1000, 0x2000, thing=0xFFFFFF9900000000)
+    maps = Maps(plan.finish())
+    (entry,) = maps.entries(maps.reader.of_kernel())
+    assert entry.object == 0xFFFFFF9900000000
+    for value in (entry.share_mode, entry.ref_count, entry.shadow_depth, entry.path):
+        assert isinstance(value, Unreadable)

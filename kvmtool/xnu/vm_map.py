@@ -129,7 +129,7 @@ class MapReader:
         return self.at(address, "the kernel", kernel=True)
 
     def of_process(self, proc: Proc) -> Map:
-        """The map of a process. Raises `UnsupportedError` for a zombie; as `at`."""
+        """The map of a process. Raises `UnsupportedError` for one without (a zombie); as `at`."""
         if proc.task is None:
             raise UnsupportedError(f"process {proc.pid} has no address space: it is a zombie")
         if isinstance(proc.task, Unreadable):
@@ -137,6 +137,8 @@ class MapReader:
             raise UnsupportedError(f"the task of process {proc.pid} cannot be read: {why}")
         types = self.target.types
         address = self.target.pointer(proc.task + types.offset("task", "map"))
+        if not address:
+            raise UnsupportedError(f"process {proc.pid} has no address space: its map is null")
         kernel = address == named.pointer(self.target, "_kernel_map")
         return self.at(address, f"process {proc.pid}", kernel=kernel)
 
