@@ -9,7 +9,7 @@ import tempfile
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 
-from bench import commands, files, library, memory, types  # noqa: E402
+from bench import commands, files, library, memory, objects, types  # noqa: E402
 from bench.sheet import Sheet  # noqa: E402
 
 DUMP = "dumps/x86_64-10.8.5"
@@ -53,6 +53,7 @@ def _library(sheet: Sheet, folder: str) -> None:
 
 def _objects(sheet: Sheet, folder: str) -> None:
     commands.procs(sheet, folder)
+    objects.run(sheet, folder)
     files.volatility(sheet, folder)
 
 

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from kvmtool.xnu.queues import Report
 
 
+_WHOLE = frozenset((str, int, bool, float, bytes, type(None)))  # nothing is missing in these
+
+
 class Listing(NamedTuple):
     """A table of kernel objects: the command's `name` ("procs"), `what` it lists ("processes").
 
@@ -56,12 +59,14 @@ class Listing(NamedTuple):
         `chosen` are the columns of -o; without them a table shows `shown`, other formats all.
         """
         columns = self.chosen(chosen, format)
+        names = [column.name for column in columns]
         unreadable = 0
 
         def counted() -> Iterator[Mapping[str, Any]]:
             nonlocal unreadable
             for row in rows:
-                unreadable += any(_missing(row[column.name]) for column in columns)
+                odd = [value for name in names if type(value := row[name]) not in _WHOLE]
+                unreadable += any(map(_missing, odd))
                 yield row
 
         render(counted(), columns, format)

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 Kind: TypeAlias = Literal["text", "number", "address", "list"]
 Row: TypeAlias = Mapping[str, Any]
 
+_AS_IT_IS = frozenset((str, bool, float, type(None)))  # what JSON has, too; most cells are that
 _FORMULA = tuple("=+-@＝＋－＠")  # what makes a spreadsheet evaluate a cell instead of showing it
 
 
@@ -176,10 +177,18 @@ def _json_encoder(out: TextIO, indent: int | None = None) -> Callable[[object], 
 
 
 def _object(row: Row, columns: Sequence[Column]) -> dict[str, Any]:
-    return {c.name: _json_value(row[c.name], c.kind == "address") for c in columns}
+    found = {}
+    for column in columns:
+        name = column.name
+        value = row[name]
+        plain = type(value) in _AS_IT_IS
+        found[name] = value if plain else _json_value(value, column.kind == "address")
+    return found
 
 
 def _json_value(value: Any, is_address: bool) -> Any:
+    if type(value) is int:
+        return f"{value:#x}" if is_address else value
     if isinstance(value, Unreadable):
         return {"unreadable": value.reason}
     if isinstance(value, bytes):

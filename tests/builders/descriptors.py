@@ -8,6 +8,8 @@ from tests.builders.heap import Record
 from tests.builders.sockets import NET, UNIX
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tests.builders.filesystem import FileSystem
     from tests.builders.ground import Ground
     from tests.builders.sockets import Sockets
@@ -44,8 +46,15 @@ def plan(pid: int) -> dict[int, Fd | None]:
 class Descriptors:
     """Tables for every live process but the kernel's own, which has an empty one."""
 
-    def __init__(self, ground: Ground, files: FileSystem, sockets: Sockets) -> None:
+    def __init__(
+        self,
+        ground: Ground,
+        files: FileSystem,
+        sockets: Sockets,
+        planned: Callable[[int], dict[int, Fd | None]] = plan,
+    ) -> None:
         self._ground, self._types = ground, ground.types
+        self._plan = planned
         self._files, self._sockets = files, sockets
         self._embedded = ground.types.has("proc", "p_fd.fd_ofiles")
         self._operations: dict[int, int] = {}
@@ -56,7 +65,7 @@ class Descriptors:
         for spec in self._ground.processes.specs:
             if spec.zombie:
                 continue
-            wanted = plan(spec.pid) if spec.pid else {}
+            wanted = self._plan(spec.pid) if spec.pid else {}
             table = self._table(spec.pid)
             for fd, truth in self._fill(table, wanted).items():
                 found[spec.pid, fd] = truth
