@@ -5,11 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvmtool.checks.finding import HIGH, MEDIUM, OUTSIDE, UNLISTED
+from kvmtool.errors import FaultError
+from kvmtool.target import offset_of
+from kvmtool.xnu.queues import walk_list
 from kvmtool.xnu.thread import threads
 
 if TYPE_CHECKING:
     from kvmtool.checks.finding import Outcome
     from kvmtool.checks.judge import Case
+    from kvmtool.target import Target
+
+_BUCKETS = 1 << 20
 
 
 def processes(case: Case, outcome: Outcome) -> None:
@@ -17,8 +23,10 @@ def processes(case: Case, outcome: Outcome) -> None:
 
     So is each thread: one that the kernel runs and no task has belongs to a task that is hidden.
     """
-    outcome.count("processes", len(list(case.kvm.procs(outcome.report))))
+    known = {proc.address for proc in case.kvm.procs(outcome.report)}
+    outcome.count("processes", len(known))
     target = case.kvm.verified_target()
+    _members(target, outcome, known)
     outcome.count("threads", len(list(threads(target, outcome.report))))
     outcome.report.stops[:] = dict.fromkeys(outcome.report.stops)  # both walked the tasks
     for difference in outcome.report.differences:
@@ -33,6 +41,33 @@ def processes(case: Case, outcome: Outcome) -> None:
             expected,
             difference.text,
         )
+
+
+def _members(target: Target, outcome: Outcome, known: set[int]) -> None:
+    """Each member of a process group is among the `known` processes (proc_internal.h, pgrp)."""
+    types, size = target.types, target.arch.pointer_size
+    link, members = (offset_of(types, "pgrp", name) for name in ("pg_hash", "pg_members"))
+    beside = offset_of(types, "proc", "p_pglist")
+    try:
+        first, mask = target.variable("_pgrphashtbl"), target.variable("_pgrphash")
+    except FaultError as fault:
+        outcome.failed.append(f"pgrphashtbl: {fault.reason} at {fault.address:#x}")
+        return
+    if None in (link, members, beside) or not first or mask is None or mask >= _BUCKETS:
+        outcome.absent.append("process groups: no table of them is known")
+        return
+    assert link is not None
+    assert members is not None
+    assert beside is not None
+    for head in range(first, first + (mask + 1) * size, size):
+        for group in walk_list(target, head, link, "pgrphash", outcome.report):
+            walk = f"members of group {group:#x}"
+            for proc in walk_list(target, group + members, beside, walk, outcome.report):
+                outcome.count("members of process groups")
+                if proc not in known:
+                    who = f"process at {proc:#x}"
+                    text = f"{who} is a member of the group at {group:#x}, but on no list"
+                    outcome.add(UNLISTED, HIGH, who, proc, None, "on allproc or zombproc", text)
 
 
 def kexts(case: Case, outcome: Outcome) -> None:

@@ -10,6 +10,7 @@ from kvmtool.cli import PARTIAL, say
 from kvmtool.cli.command import Sectioned
 from kvmtool.cli.listing import Listing, listing_options, opened
 from kvmtool.cli.render import Column, Named, render
+from kvmtool.errors import KvmError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -84,7 +85,8 @@ def check(
     not as linked for a known reason.
 
     stderr says how much each check looked at, and what was not there to be checked. Exit status: 0
-    nothing was found, 3 something was found, or part of what should be checked cannot be read.
+    nothing was found, 3 something was found, or part of what should be checked cannot be read, 1
+    nothing of what was asked for is there.
 
     \b
     Example:
@@ -131,6 +133,8 @@ def _summary(outcomes: list[Outcome]) -> None:
             incomplete.setdefault(text, []).append(outcome.name)
     for text, names in incomplete.items():
         say(f"{', '.join(names)}: incomplete: {text}")
+    if not looked and not incomplete:
+        raise KvmError("there was nothing to check")
     found = sum(len(outcome.alarming) for outcome in outcomes)
     partial = any(outcome.incomplete for outcome in outcomes)
     say({0: "no findings", 1: "1 finding"}.get(found, f"{found} findings"))

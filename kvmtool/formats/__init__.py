@@ -42,7 +42,7 @@ class Facts(NamedTuple):
     `kernel_address` is where the kernel's Mach-O header (its __TEXT) lies in kernel memory, `slide`
     bytes added to link addresses; `va_bits` how many bits of a kernel pointer are address; `said`
     maps each fact to the record that gave it. `control` are the control registers of each CPU by
-    their usual names (cr3, TTBR1_EL1, ...).
+    their usual names (cr3, idtr, TTBR1_EL1, ...).
     """
 
     cputype: int

@@ -33,16 +33,16 @@ _NAMES32 = (
 )
 _STATE64, _STATE32 = Struct(f"<{len(_NAMES64)}Q"), Struct(f"<{len(_NAMES32)}I")
 
-# QEMUCPUState: version, size, 18 registers, ten segments of 24 bytes, cr0 to cr4, and from QEMU 3.1
-# on kernel_gs_base
+# QEMUCPUState: version, size, 18 registers, ten segments of 24 bytes (the last is the interrupt
+# table), cr0 to cr4, and from QEMU 3.1 on kernel_gs_base
 _QEMU_HEAD = Struct("<II")
 _QEMU_NAMES = (
     *("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", "r8", "r9", "r10", "r11", "r12"),
     *("r13", "r14", "r15", "rip", "rflags"),
 )
 _QEMU_SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss")
-_QEMU = Struct("<8x18Q" + "I20x" * 6 + "96x" + "5Q")
-_QEMU_CONTROL = ("cr0", "cr1", "cr2", "cr3", "cr4")
+_QEMU = Struct("<8x18Q" + "I20x" * 6 + "88xQ" + "5Q")
+_QEMU_CONTROL = ("idtr", "cr0", "cr1", "cr2", "cr3", "cr4")
 
 _VBOX_NAMES = (
     *("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14"),
@@ -145,7 +145,7 @@ class CpuNotes:
 
     def _take_x86(self, registers: dict[str, int]) -> None:
         self._states.append(_x86(registers))
-        kept = ("cr0", "cr2", "cr3", "cr4", "efer")
+        kept = ("cr0", "cr2", "cr3", "cr4", "efer", "idtr")
         self._control.append({name: registers[name] for name in kept if name in registers})
 
 
