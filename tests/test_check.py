@@ -11,16 +11,21 @@ import json
 import os
 import shutil
 import struct
+import time
 from typing import NamedTuple
 
 import pytest
 from click.testing import CliRunner
 
 import kvmtool
+from kvmtool.check import CHECKS
+from kvmtool.checks import detour
 from kvmtool.cli import cli
 from kvmtool.macho import MachO
+from kvmtool.sample import write
 from kvmtool.source import FileSource
-from tests.inputs import oracle, real
+from tests.builders import chains
+from tests.inputs import DUMPS, oracle, plain_core, real, truth
 
 KERNEL = "machine/x86_64-xnu-2422.115.4.mach_kernel"
 MACHINES = ("crash.kdp-core", "live.elfcore", "kaslr.raw")
@@ -155,3 +160,463 @@ def test_pointers_that_stay_inside_the_kernel(crash, symbols):
     ]
     assert found.rows[0]["expected"] == "_getpid"
     assert "in none of its code" in found.rows[2]["evidence"]
+
+
+def test_functions_of_files_protocols_interrupts_and_imports(crash, symbols):
+    with kvmtool.open(real(KERNEL), real("machine/crash.kdp-core")) as kvm:
+        target = kvm.verified_target()
+        vector = target.pointer(symbols["_hfs_vnodeop_p"])
+        entry = target.types.offset("protosw", "pr_input")
+        udp = symbols["_inetsw"] + target.types.size("protosw")  # the first is IP itself
+        assert target.pointer(udp + entry) == symbols["_udp_input"]
+        got = next(s for s in kvm.kernel.sections if s.sectname == "__got")
+    crash.pointer(vector + 8 * 3, HEAP)  # operations are numbered in vfs_op_descs
+    crash.pointer(symbols["_hfs_vfsops"], symbols["_version"])
+    crash.pointer(udp + entry, HEAP)
+    gate = symbols["_master_idt64"] + 14 * 16  # page fault
+    crash.write(gate, struct.pack("<HHBBHII", 0x5678, 8, 0, 0x8E, 0x1234, 0xFFFFFF80, 0))
+    crash.pointer(got.addr, symbols["_version"])
+    found = checked(real(KERNEL), crash.path)
+    assert [(row["check"], row["kind"], row["where"]) for row in found.rows] == [
+        ("filesystems", "outside", "hfs: vfs_mount"),
+        ("filesystems", "outside", "hfs_vnodeop_p: vnop_lookup"),
+        ("protocols", "outside", "internet protocol 17: pr_input"),
+        ("interrupts", "outside", "interrupt vector 0xe"),
+        ("imports", "differs", "__DATA,__got+0x0"),
+    ]
+    assert found.rows[3]["found"]["address"] == "0xffffff8012345678"
+
+
+def test_a_vector_of_vnode_operations_that_nobody_registered(crash, symbols):
+    first = oracle("crash")["vnodes"][0]
+    with kvmtool.open(real(KERNEL), real("machine/crash.kdp-core")) as kvm:
+        target = kvm.verified_target()
+        at = int(first["addr"], 16) + target.types.offset("vnode", "v_op")
+        inside = target.pointer(symbols["_hfs_vnodeop_p"]) + 8  # functions, but no vector
+    crash.pointer(at, inside)
+    found = checked(real(KERNEL), crash.path, "--only", "filesystems").rows
+    (row,) = [row for row in found if row["kind"] == "other"]
+    assert (row["severity"], row["address"]) == ("high", hex(at))
+    assert "no registered file system's" in row["evidence"]
+    rest = [row for row in found if row["kind"] != "other"]
+    assert all(row["where"].startswith(f"vector at {inside:#x}: ") for row in rest)
+
+
+LAYOUT = ("--layout", "10.9.5 x86_64")  # instead of the CTF that this kernel has with it
+
+
+def test_types_that_have_no_requests_leave_their_numbers(crash, symbols):
+    found = checked(real(KERNEL), crash.path, "--only", "protocols", *LAYOUT)
+    assert (found.code, found.rows) == (0, [])
+    with kvmtool.open(real(KERNEL), real("machine/crash.kdp-core")) as kvm:
+        target = kvm.verified_target()
+        bind = target.types.offset("pr_usrreqs", "pru_bind")
+    crash.pointer(symbols["_udp_usrreqs"] + bind, HEAP)
+    (exact,) = checked(real(KERNEL), crash.path, "--only", "protocols").rows
+    assert exact["where"] == "requests of internet protocol 17: pru_bind"
+    (row,) = checked(real(KERNEL), crash.path, "--only", "protocols", *LAYOUT).rows
+    assert row["where"] == f"requests of internet protocol 17: pr_usrreqs[{bind // 8}]"
+    assert row["address"] == exact["address"] == hex(symbols["_udp_usrreqs"] + bind)
+
+
+@pytest.mark.parametrize("dump", DUMPS)
+def test_dumps_that_were_planted_are_clean(dump):
+    kernel = real(f"dumps/{dump}/mach_kernel")
+    found = checked(kernel, plain_core(dump), "--all")
+    assert found.code == 0
+    planted = truth(dump)
+    (driver,) = [row for row in found.rows if row["check"] == "devices"]
+    major = planted["cdevsw"]["kext_major"]
+    assert driver["where"] == f"cdevsw[{major}]"
+    assert (driver["severity"], driver["expected"]) == ("info", f"kext {ARTICLE}")
+    assert {row["severity"] for row in found.rows} == {"info"}
+    assert checked(kernel, plain_core(dump)).rows == []
+    for name in ("syscalls", "traps", "sysctl", "filesystems", "protocols", "policies"):
+        assert f"{name}: not there: " in found.said
+    people, groups = len(planted["processes"]), sum(len(g["members"]) for g in planted["pgrps"])
+    assert f" {people} processes, {groups} members of process groups" in found.said
+    assert f" {len(planted['kexts'])} kexts" in found.said
+
+
+def kext_in(dump, name=ARTICLE):
+    return next(kext for kext in truth(dump)["kexts"] if kext["name"] == name)
+
+
+def test_a_kext_in_the_slot_of_a_kernels_driver(tmp_path):
+    dump = "x86_64-10.13.6"
+    core, planted = Core(tmp_path, plain_core(dump)), truth(dump)["cdevsw"]
+    kext = kext_in(dump)["address"]
+    slot = planted["address"] + 3 * CDEVSW + D_READ  # /dev/mem
+    core.pointer(slot, kext + 0xC10)  # where the article's kext has its own read
+    other = planted["address"] + planted["kext_major"] * CDEVSW + D_READ
+    core.pointer(other, kext_in(dump, "com.apple.iokit.IOPCIFamily")["address"] + 0xB10)
+    core.pointer(planted["address"] + 6 * CDEVSW + D_READ, kext + 0x100)  # its header, no code
+    found = checked(real(f"dumps/{dump}/mach_kernel"), core.path)
+    rows = [(row["kind"], row["severity"], row["where"], row["kext"]) for row in found.rows]
+    assert rows == [
+        ("hook", "medium", "cdevsw[3].d_read", ARTICLE),
+        ("outside", "high", "cdevsw[6].d_read", ARTICLE),
+        (
+            "hook",
+            "medium",
+            f"cdevsw[{planted['kext_major']}].d_read",
+            "com.apple.iokit.IOPCIFamily",
+        ),
+    ]
+    assert found.rows[0]["evidence"].endswith(f"points into kext {ARTICLE}; linked as _mmread")
+    assert found.rows[2]["expected"] == f"code of kext {ARTICLE} or the kernel"
+
+
+@pytest.mark.parametrize("dump", ["x86_64-10.8.5", "x86_64-10.13.6"])
+def test_a_process_taken_off_a_list(dump, tmp_path):
+    core, planted = Core(tmp_path, plain_core(dump)), truth(dump)
+    by_pid = {proc["pid"]: proc for proc in planted["processes"]}
+    before, hidden, after = (by_pid[pid]["address"] for pid in planted["allproc"][3:6])
+    core.pointer(before, after)  # p_list.le_next is the first word of struct proc
+    found = checked(real(f"dumps/{dump}/mach_kernel"), core.path)
+    assert found.code == 3
+    high = [row for row in found.rows if row["severity"] == "high"]
+    assert high == found.rows
+    assert {row["check"] for row in high} == {"processes"}
+    assert {row["address"] for row in high} == {hex(hidden)}
+    assert high[0]["evidence"].endswith("but not on allproc or zombproc")
+    assert str(planted["allproc"][4]) in high[0]["where"]
+
+
+def test_a_kext_taken_off_a_list(tmp_path):
+    dump = "x86_64-10.13.6"
+    core, loaded = Core(tmp_path, plain_core(dump)), truth(dump)["kexts"]
+    by_name = {kext["name"]: kext for kext in loaded}
+    hidden = by_name["com.apple.iokit.IOStorageFamily"]
+    after = next(k for k in loaded if k["id"] == hidden["id"] - 1)  # last loaded first
+    before = next(k for k in loaded if k["id"] == hidden["id"] + 1)
+    core.pointer(before["kmod_info"], after["kmod_info"])
+    core.pointer(by_name[ARTICLE]["kmod_info"] + 0xBC, HEAP)  # stop, packed to 4 bytes
+    found = checked(real(f"dumps/{dump}/mach_kernel"), core.path, "--only", "kexts")
+    assert [(row["kind"], row["severity"], row["where"]) for row in found.rows] == [
+        ("unlisted", "high", hidden["name"]),
+        ("outside", "high", f"{ARTICLE}: its stop function"),
+    ]
+    assert "in the kext summaries, not in the kmod list" in found.rows[0]["evidence"]
+
+
+def test_imports_of_a_kext(tmp_path):
+    """Its __DATA,__data is said to be a table of imports: two good pointers, two that are not."""
+    dump = "x86_64-10.13.6"
+    core, pci = Core(tmp_path, plain_core(dump)), "com.apple.iokit.IOPCIFamily"
+    kext = kext_in(dump, pci)
+    with kvmtool.open(real(f"dumps/{dump}/mach_kernel"), plain_core(dump)) as kvm:
+        printf = kvm.address("_printf")
+        image = next(k for k in kvm.kexts if k.identifier == pci).image
+        data = next(s for s in image.sections if s.sectname == "__data")
+        head = kvm.read(kext["address"], 0x1000)
+    at = head.index(b"__data\0") + 64  # flags of a section_64
+    core.write(kext["address"] + at, struct.pack("<I", 6))
+    size = head.index(b"__data\0") + 40
+    core.write(kext["address"] + size, struct.pack("<Q", 32))
+    article = kext_in(dump)["address"] + 0xB00
+    core.write(data.addr, struct.pack("<4Q", printf, kext["address"] + 0xB00, article, HEAP))
+    found = checked(real(f"dumps/{dump}/mach_kernel"), core.path, "--only", "imports")
+    assert [(row["kind"], row["where"], row["found"]["address"]) for row in found.rows] == [
+        ("hook", f"{pci}: __data+0x10", hex(article)),
+        ("outside", f"{pci}: __data+0x18", hex(HEAP)),
+    ]
+    assert "looked at 4 pointers that kexts import" in found.said
+
+
+# What the machine's own kernel does to its code: its table of segments stands there, and start-up
+# writes where that is (tests/machine/src/start_x86_64.s)
+GDT = ("high", "_mb_header+0x35")
+_LIME = struct.Struct("<IIQQ8x")
+_STATIC = 0xFFFFFF8000000000  # the static kernel lies this far above its physical address
+
+
+class Sample:
+    """The embedded machine, which has real code: its files, and a way to write to its memory."""
+
+    def __init__(self, folder):
+        files = {os.path.basename(path): path for path in write(folder, "machine")}
+        self.kernel, self.memory = files["mach_kernel"], files["memory.lime"]
+        with kvmtool.open(self.kernel, self.memory) as kvm:
+            self.symbols = {symbol.name: symbol.address for symbol in kvm.symbols}
+            self.slide = kvm.kerndisp
+            self.mmread = kvm.address("org.kvmtool.machine.mmread:_my_mmread")
+
+    def write(self, address, data):
+        with open(self.memory, "r+b") as file:
+            while header := file.read(_LIME.size):
+                _, _, start, end = _LIME.unpack(header)
+                place = address - _STATIC - start
+                if 0 <= place <= end - start:
+                    file.seek(place, 1)
+                    file.write(data)
+                    return
+                file.seek(end - start + 1, 1)
+        raise AssertionError(f"{address:#x} is not in the sample")
+
+    def checked(self, *options):
+        return checked(self.kernel, self.memory, "--only", "text", *options)
+
+
+@pytest.fixture
+def sample(tmp_path):
+    return Sample(str(tmp_path))
+
+
+def shown(found):
+    return [(row["severity"], row["where"]) for row in found.rows]
+
+
+def test_code_of_a_machine_that_ran_is_that_of_its_file(sample):
+    found = sample.checked("--all")
+    assert found.code == 3
+    assert shown(found) == [GDT, ("info", "__TEXT")]
+    assert "by the booter" in found.rows[1]["evidence"]
+    assert "93 cf 00 17 00 90 14 40 04 in memory" in found.rows[0]["evidence"]
+
+
+def test_code_that_was_written_over(sample):
+    """A jump to the kext, a longer one out of every image, a breakpoint: each is found."""
+    at = sample.symbols
+    distance = sample.mmread - at["_print"] - 5
+    sample.write(at["_print"], b"\xe9" + struct.pack("<i", distance))
+    sample.write(at["_crc32"], b"\x48\xb8" + struct.pack("<Q", HEAP) + b"\xff\xe0")
+    sample.write(at["_memcpy"], b"\xcc")
+    found = sample.checked()
+    assert shown(found) == [
+        GDT,
+        ("medium", "_memcpy"),
+        ("high", "_crc32"),
+        ("high", "_print"),
+    ]
+    _, stop, far, near = found.rows
+    assert "a breakpoint: 1 bytes, 55 in the file, cc in memory" in stop["evidence"]
+    assert near["found"]["name"] == "org.kvmtool.machine.mmread:_my_mmread"
+    assert near["evidence"].startswith(
+        "code goes to org.kvmtool.machine.mmread:_my_mmread: 5 bytes"
+    )
+    assert near["address"] == hex(at["_print"])
+    assert far["found"]["address"] == hex(HEAP)
+    assert far["address"] == hex(at["_crc32"])  # its first byte is what it was
+
+
+def test_probes_of_dtrace_are_known(sample):
+    """_mmread is push, mov %rsp,%rbp, xor, pop, ret: it has a probe at its entry and its return."""
+    sample.write(sample.symbols["_mmread"] + 1, b"\xf0")
+    sample.write(sample.symbols["_mmread"] + 6, b"\xf0")
+    assert shown(sample.checked()) == [GDT]
+    every = sample.checked("--all")
+    assert shown(every) == [GDT, ("info", "_mmread+0x1"), ("info", "__TEXT")]
+    assert every.rows[1]["kind"] == "expected"
+    assert "a probe of dtrace" in every.rows[1]["evidence"]
+    sample.write(sample.symbols["_mmread"] + 4, b"\xf0")  # no probe is made of an xor
+    assert ("high", "_mmread+0x1") in shown(sample.checked())
+
+
+def test_relocations_of_code_are_known(sample):
+    with open(sample.kernel, "rb") as file:
+        kernel = bytearray(file.read())
+    at, text = sample.symbols["_ptcread"] - sample.slide, 0xFFFFFF8000200000
+    (word,) = struct.unpack_from("<Q", kernel, at - text)  # __TEXT is first in the file
+    sample.write(at + sample.slide, struct.pack("<Q", (word + sample.slide) & (1 << 64) - 1))
+    assert ("high", "_ptcread+0x2") in shown(sample.checked())
+    entry = struct.pack(
+        "<II", at - text, 1 | 3 << 25
+    )  # in section 1, 8 bytes, X86_64_RELOC_UNSIGNED
+    chains.add_command(kernel, struct.pack("<20I", 0xB, 80, *[0] * 16, len(kernel), 1))
+    with open(sample.kernel, "wb") as file:
+        file.write(kernel + entry)
+    assert shown(sample.checked()) == [GDT]
+
+
+def test_code_that_is_another_kernels(sample):
+    """Where much differs one finding says how much."""
+    with open(sample.kernel, "rb") as file:
+        kernel = bytearray(file.read())
+    for at in range(0x1470, 0x4660, 32):  # __text begins at 0x1470 of the file
+        kernel[at] ^= 0xFF
+    with open(sample.kernel, "wb") as file:
+        file.write(kernel)
+    found = sample.checked()
+    assert shown(found) == [("high", "__TEXT,__text")]
+    assert found.rows[0]["evidence"].startswith("4 of 4 pages differ")
+
+
+def test_code_that_is_not_all_there(sample):
+    """A page of code is taken out of the dump: the rest is judged, and it is said."""
+    lost = (sample.symbols["_mmread"] & ~0xFFF) - _STATIC
+    with open(sample.memory, "rb") as file:
+        memory = file.read()
+    parts, at = [], 0
+    while at < len(memory):
+        magic, version, start, end = _LIME.unpack_from(memory, at)
+        data = memory[at + _LIME.size : at + _LIME.size + end - start + 1]
+        at += _LIME.size + len(data)
+        runs = [(start, data)]
+        if start <= lost <= end:
+            runs = [(start, data[: lost - start]), (lost + 0x1000, data[lost + 0x1000 - start :])]
+        for first, bytes_there in runs:
+            if bytes_there:
+                last = first + len(bytes_there) - 1
+                parts += [_LIME.pack(magic, version, first, last), bytes_there]
+    with open(sample.memory, "wb") as file:
+        file.write(b"".join(parts))
+    found = sample.checked()
+    assert (found.code, shown(found)) == (3, [GDT])
+    assert "text: incomplete: __TEXT,__text: 0x1000 of 0x31f5 bytes cannot be read" in found.said
+
+
+def test_without_a_kernels_file_its_code_cannot_be_compared():
+    found = CliRunner().invoke(
+        cli, ["check", "-M", real("machine/crash.kdp-core"), "--only", "text", "--only", "syscalls"]
+    )
+    assert found.exit_code == 0
+    assert "text: not there: no kernel file to compare with: name it with -N" in found.stderr
+    assert "pointers in sysent" in found.stderr
+
+
+def test_policies(tmp_path):
+    """Planted where the dump has zeros: the hooks of one policy, two of which lead astray."""
+    dump = "x86_64-10.13.6"
+    core = Core(tmp_path, plain_core(dump))
+    kernel, types = real(f"dumps/{dump}/mach_kernel"), real(f"types/{dump}.types.json.gz")
+    article = kext_in(dump)
+    with kvmtool.open(kernel, plain_core(dump), types=types) as kvm:
+        head, good = kvm.address("_mac_policy_list"), kvm.address("_vnode_getattr")
+        pages = range(head & ~0xFFF, 0, -0x1000)  # of the kernel's own data
+        room = next(at for at in pages[1:] if not any(kvm.read(at, 0x1000)))
+        members = kvm.types.struct("mac_policy_ops").members
+        opened, created, renamed = (
+            members[f"mpo_vnode_check_{name}"].offset for name in ("open", "create", "rename")
+        )
+    entries, conf, name, hooks = room, room + 0x100, room + 0x200, room + 0x300
+    core.write(head, struct.pack("<6IQ", 1, 512, 0, 3, 1, 1, entries))
+    core.pointer(entries + 8, conf)  # the first was unloaded
+    core.write(name, b"Planted\0")
+    core.write(conf, struct.pack("<QQQIxxxxQ", name, name, 0, 0, hooks))
+    core.pointer(hooks + opened, good)
+    core.pointer(hooks + created, HEAP)
+    core.pointer(hooks + renamed, article["address"] + 0xC10)
+    found = checked(kernel, core.path, "--only", "policies", "--types", types)
+    assert {row["where"]: (row["kind"], row["address"]) for row in found.rows} == {
+        "policy Planted: mpo_vnode_check_create": ("outside", hex(hooks + created)),
+        "policy Planted: mpo_vnode_check_rename": ("hook", hex(hooks + renamed)),
+    }
+    assert "looked at 3 pointers in the policies, 1 policies" in found.said
+    numbered = checked(kernel, core.path, "--only", "policies")
+    assert {row["where"] for row in numbered.rows} == {
+        f"policy Planted: mpc_ops[{created // 8}]",
+        f"policy Planted: mpc_ops[{renamed // 8}]",
+    }
+
+
+def test_interrupts_by_the_second_mapping(tmp_path):
+    """From 10.13.2 on gates lead dblmap_dist bytes beside the code they mean."""
+    dump = "x86_64-10.13.6"
+    core = Core(tmp_path, plain_core(dump))
+    with kvmtool.open(real(f"dumps/{dump}/mach_kernel"), plain_core(dump)) as kvm:
+        table = kvm.address("_master_idt64")
+        code = next(
+            section.addr + kvm.kerndisp
+            for section in kvm.kernel.sections
+            if (section.segname, section.sectname) == ("__HIB", "__text")
+        )
+        base, end, distance = (kvm.address(f"_dblmap_{n}") for n in ("base", "max", "dist"))
+        start = kvm.kernel.segment("__HIB").vmaddr + kvm.kerndisp
+    mapped = 0xFFFFFFE000000000
+    core.pointer(base, mapped)
+    core.pointer(end, mapped + 0x99000)
+    core.pointer(distance, mapped - start & (1 << 64) - 1)
+
+    def gate(number, handler, access=0x8E):
+        low, middle, high = handler & 0xFFFF, handler >> 16 & 0xFFFF, handler >> 32
+        core.write(table + 16 * number, struct.pack("<HHBBHII", low, 8, 0, access, middle, high, 0))
+
+    gate(0, code - start + mapped)
+    gate(3, code, 0xEE)
+    gate(13, mapped + 0x40)  # the second mapping of page tables
+    gate(14, 0xFFFFFFE000000000 - 0x1000)
+    gate(15, HEAP, 0x0E)  # not present
+    found = checked(real(f"dumps/{dump}/mach_kernel"), core.path, "--only", "interrupts")
+    assert [(row["kind"], row["where"]) for row in found.rows] == [
+        ("outside", "interrupt vector 0xd"),
+        ("outside", "interrupt vector 0xe"),
+    ]
+    assert "looked at 4 pointers" in found.said
+
+
+# as llvm-mc 14 encodes them
+@pytest.mark.parametrize(
+    ("arch", "code", "target"),
+    [
+        ("x86_64", "e9 fb 00 00 00", 0x1100),  # jmp
+        ("x86_64", "48 b8 8877665544332211 ff e0", 0x1122334455667788),  # movabs; jmp *%rax
+        ("x86_64", "49 bb 8877665544332211 41 ff e3", 0x1122334455667788),  # the same by %r11
+        ("x86_64", "48 b8 8877665544332211 50 c3", 0x1122334455667788),  # push; ret
+        ("x86_64", "48 b8 8877665544332211 ff e1", None),  # jmp *%rcx
+        ("x86_64", "68 78563412 c3", 0x12345678),  # push; ret
+        ("x86_64", "ff 25 00000000 8877665544332211", 0x1122334455667788),  # jmp *0(%rip)
+        ("x86_64", "55 48 89 e5 c3", None),
+        ("i386", "e9 fb ef ff ff", 0),
+        ("arm64", "fcffff17", 0xFF0),  # b #-16
+        ("arm64", "00010094", 0x1400),  # bl #1024
+        ("arm64", "50000058 00021fd6 8877665544332211", 0x1122334455667788),  # ldr x16, #8; br x16
+        ("arm64", "c0035fd6", None),  # ret
+        ("arm64", "50", None),
+        ("ppc", "48000100", None),
+    ],
+)
+def test_where_code_goes(arch, code, target):
+    assert detour.target_of(arch, bytes.fromhex(code), 0x1000) == target
+
+
+def test_probes_and_breakpoints_of_arm64():
+    # add x29, sp, #16; nop; ret; brk #1, as llvm-mc 14 encodes them; FBT_PATCHVAL
+    frame, nop, leave = (bytes.fromhex(word) for word in ("fd430091", "1f2003d5", "c0035fd6"))
+    stop, probe = bytes.fromhex("200020d4"), (0xE7EEEE7E).to_bytes(4, "little")
+    for was in (frame, nop, leave, frame + nop):
+        assert detour.is_probe("arm64", was, probe * (len(was) // 4), len(was))
+    assert not detour.is_probe("arm64", bytes.fromhex("50000058"), probe, 4)
+    assert not detour.is_probe("arm64", frame, nop, 4)
+    assert not detour.is_probe("ppc", frame, probe, 4)
+    assert detour.is_breakpoint("arm64", stop)
+    assert not detour.is_breakpoint("arm64", nop)
+    assert not detour.is_breakpoint("ppc", stop)
+
+
+@pytest.mark.parametrize("name", ["cyclic", "missing-page", "truncated", "truncated-early"])
+@pytest.mark.parametrize("dump", DUMPS)
+def test_damaged_dumps_accuse_nobody(dump, name):
+    """What is missing is said; what cannot be followed to its end hides nothing, so nobody."""
+    core = real(f"dumps/{dump}/damaged/core.{name}.macho")
+    found = checked(real(f"dumps/{dump}/mach_kernel"), core)
+    assert found.code == 3
+    assert "processes: incomplete: allproc: stopped after" in found.said
+    assert not [row for row in found.rows if row["severity"] == "high"]
+    for row in found.rows:  # the article's kext, where the list of kexts is cut short
+        assert row["check"] == "devices"
+        assert "of which some could not be read" in row["evidence"]
+
+
+def test_what_there_is_to_check():
+    listed = CliRunner().invoke(cli, ["check", "--list"])
+    assert listed.exit_code == 0
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == list(CHECKS)
+    wrong = CliRunner().invoke(cli, ["check", "--only", "sysent"])
+    assert wrong.exit_code == 2
+    assert "expected one of syscalls, traps" in wrong.stderr
+    alone = CliRunner().invoke(cli, ["check", "-N", real(KERNEL)])
+    assert alone.exit_code == 1
+    assert "name a core with -M" in alone.stderr
+    dump = "x86_64-10.8.5"
+    args = ["check", "-N", real(f"dumps/{dump}/mach_kernel"), "-M", plain_core(dump)]
+    nothing = CliRunner().invoke(cli, [*args, "--only", "sysctl"])
+    assert nothing.exit_code == 1
+    assert "there was nothing to check" in nothing.stderr
+
+
+def test_the_checks_are_quick():
+    """The target is 2 s for a machine's core, start-up included; here without it."""
+    began = time.process_time()
+    checked(real(KERNEL), real("machine/crash.kdp-core"))
+    assert time.process_time() - began < 2

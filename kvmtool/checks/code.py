@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from kvmtool.errors import FaultError, FormatError
 from kvmtool.image import LoadedImage
 from kvmtool.macho import MH_OBJECT, VM_PROT_EXECUTE, MachO
+from kvmtool.xnu.queues import Report
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -108,9 +109,22 @@ class CodeMap:
                     yield Part(segment.segname, start, start + size, segment.fileoff)
 
     @cached_property
+    def _loaded(self) -> tuple[list[KextInfo], bool]:
+        """The kexts in memory, and whether these are all of them."""
+        report = Report()
+        found = self._kvm.loaded_kexts(report)
+        placed = all(isinstance(kext.address, int) and isinstance(kext.size, int) for kext in found)
+        return found, placed and not report.partial
+
+    @property
+    def complete(self) -> bool:
+        """Whether every kext is known, so that an address outside of all is in none."""
+        return self._loaded[1]
+
+    @cached_property
     def _code(self) -> tuple[_Spans, _Spans]:
         """Those of the kexts, which may lie among the kernel's segments, and the kernel's."""
-        loaded = {kext.name: kext for kext in self._kvm.loaded_kexts()}
+        loaded = {kext.name: kext for kext in self._loaded[0]}
         kexts = [
             Span(start, end, kext.identifier)
             for kext in self._kvm.kexts
@@ -162,7 +176,7 @@ class CodeMap:
     @cached_property
     def _images(self) -> tuple[_Spans, _Spans]:
         """All that kexts and kernel hold, code and data."""
-        loaded = [kext for kext in self._kvm.loaded_kexts() if isinstance(kext.text, tuple)]
+        loaded = [kext for kext in self._loaded[0] if isinstance(kext.text, tuple)]
         kexts = [Span(k.address, k.address + k.size, k.identifier) for k in self._kvm.kexts]
         kexts += [
             Span(kext.text[0], kext.text[0] + kext.text[1], kext.name)

@@ -114,7 +114,9 @@ def _kexts(
         expected = "a place in the kernel, or in a kext it is linked against"
         found = case.kvm.code_at(pointer)
         if owner is None:
-            outcome.add(OUTSIDE, HIGH, where, at, found, expected, case.nowhere(pointer))
+            outcome.add(
+                OUTSIDE, case.severity(pointer), where, at, found, expected, case.nowhere(pointer)
+            )
         else:
             evidence = f"{pointer:#x} points into kext {owner}, which it is not linked against"
             outcome.add(HOOK, MEDIUM, where, at, found, expected, evidence)

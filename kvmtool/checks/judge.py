@@ -58,7 +58,7 @@ class Case:
         if owner is None:
             found = self.kvm.code_at(pointer)
             lead = self.nowhere(pointer) + self._as_linked(at, pointer)
-            outcome.add(OUTSIDE, HIGH, where, at, found, expected, lead)
+            outcome.add(OUTSIDE, self.severity(pointer), where, at, found, expected, lead)
         elif owners is not None and owner not in owners:
             found = self.kvm.code_at(pointer)
             lead = f"{pointer:#x} points into {_named(owner)}{self._as_linked(at, pointer)}"
@@ -95,11 +95,17 @@ class Case:
         linked = self.linked(at)
         return f"; linked as {self.kvm.code_at(linked)}" if linked and linked != pointer else ""
 
+    def severity(self, pointer: int) -> str:
+        """That of a pointer which leads to no code, as far as all code is known."""
+        known = self.code.complete or self.code.owner(pointer) is not None
+        return HIGH if known else MEDIUM
+
     def nowhere(self, pointer: int) -> str:
         """What lies where a pointer leads that leads to no code."""
         owner = self.code.owner(pointer)
         if owner is None:
-            return f"{pointer:#x} lies in no image: neither the kernel's nor any kext's"
+            text = f"{pointer:#x} lies in no image: neither the kernel's nor any kext's"
+            return text if self.code.complete else f"{text}, of which some could not be read"
         what = f"{pointer:#x} lies in {_named(owner)}, but in none of its code"
         place = self.kvm.symbol_at(pointer)
         return f"{what} ({place})" if place is not None else what

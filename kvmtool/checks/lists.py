@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from kvmtool.checks.finding import HIGH, MEDIUM, OUTSIDE, UNLISTED
 from kvmtool.errors import FaultError
 from kvmtool.target import offset_of
-from kvmtool.xnu.queues import walk_list
+from kvmtool.xnu.queues import Report, walk_list
 from kvmtool.xnu.thread import threads
 
 if TYPE_CHECKING:
@@ -44,7 +44,10 @@ def processes(case: Case, outcome: Outcome) -> None:
 
 
 def _members(target: Target, outcome: Outcome, known: set[int]) -> None:
-    """Each member of a process group is among the `known` processes (proc_internal.h, pgrp)."""
+    """Each member of a process group is among the `known` processes (proc_internal.h, pgrp).
+
+    Where the lists that make these known are torn, nobody is missed.
+    """
     types, size = target.types, target.arch.pointer_size
     link, members = (offset_of(types, "pgrp", name) for name in ("pg_hash", "pg_members"))
     beside = offset_of(types, "proc", "p_pglist")
@@ -59,15 +62,18 @@ def _members(target: Target, outcome: Outcome, known: set[int]) -> None:
     assert link is not None
     assert members is not None
     assert beside is not None
+    torn, walks = outcome.report.partial, Report()
     for head in range(first, first + (mask + 1) * size, size):
-        for group in walk_list(target, head, link, "pgrphash", outcome.report):
-            walk = f"members of group {group:#x}"
-            for proc in walk_list(target, group + members, beside, walk, outcome.report):
+        for group in walk_list(target, head, link, "pgrphash", walks):
+            for proc in walk_list(target, group + members, beside, "pg_members", walks):
                 outcome.count("members of process groups")
-                if proc not in known:
+                if proc not in known and not torn:
                     who = f"process at {proc:#x}"
                     text = f"{who} is a member of the group at {group:#x}, but on no list"
                     outcome.add(UNLISTED, HIGH, who, proc, None, "on allproc or zombproc", text)
+    if walks.stops:
+        number, stop = len(walks.stops), walks.stops[0]
+        outcome.failed.append(f"process groups: {number} walks stopped, the first: {stop}")
 
 
 def kexts(case: Case, outcome: Outcome) -> None:

@@ -30,6 +30,7 @@ _CHUNK = 1 << 20  # bytes compared at a time
 _PAGE = 4096
 _APART = 8  # as many equal bytes between two changes make them one
 _MOST = 64  # changes told one by one: a part with more is another kernel's, or not there
+_CODE, _CONSTANTS = "pages of code", "pages of constants"
 _HIB = "__HIB"  # executable and full of data: page tables, descriptors, variables
 _AROUND = 16  # bytes of a change that are shown and looked into
 
@@ -52,7 +53,7 @@ def text(case: Case, outcome: Outcome) -> None:
     comparison = _Comparison(case, outcome, kernel)
     code = list(case.code.parts())
     for part in code:
-        changes, pages = comparison.changes(part, "pages of code")
+        changes, pages = comparison.changes(part, _CODE)
         if len(changes) > _MOST:
             evidence = (
                 f"{pages} of {_pages(part)} pages differ, the first at {changes[0].address:#x}"
@@ -63,7 +64,7 @@ def text(case: Case, outcome: Outcome) -> None:
         for change in changes:
             comparison.judge(change)
     for part in _constants(case, kernel, code):
-        changes, _ = comparison.changes(part, "pages of constants")
+        changes, _ = comparison.changes(part, _CONSTANTS)
         end = part.start + kernel.header_size + kernel.sizeofcmds if part.offset == 0 else 0
         header = [change for change in changes if change.address < end]
         if header:
@@ -119,7 +120,7 @@ class _Comparison:
     def changes(self, part: Part, what: str) -> tuple[list[Change], int]:
         """What differs, not much more than `_MOST` of it; and on how many pages."""
         found: list[Change] = []
-        pages = missing = 0
+        pages = missing = looked = 0
         first = ""
         end = min(part.end, part.start + max(0, self._kernel.source.size - part.offset))
         if end < part.end:
@@ -133,6 +134,7 @@ class _Comparison:
                     missing += piece.size
                     first = first or f"{piece.reason} at {piece.address:#x}"
                     continue
+                looked += piece.size
                 offset = part.offset + piece.address - part.start
                 if self._kernel.source.read_at(offset, piece.size) == piece.data:
                     continue
@@ -140,8 +142,8 @@ class _Comparison:
                     pages += 1
                     if len(found) <= _MOST:
                         found += page
-        self._outcome.count(what, _pages(part))
-        if missing:
+        self._outcome.count(what, -(-looked // _PAGE))
+        if missing and what == _CODE:
             size = part.end - part.start
             text = f"{part.name}: {missing:#x} of {size:#x} bytes cannot be read, {first}"
             self._outcome.failed.append(text)
