@@ -2,11 +2,12 @@
 
 docs/cli.md comes from the commands' own help, docs/errors.md from errors.py, docs/fields.md from
 the columns of the commands, docs/api/objects.md from the functions of kvmtool.xnu, docs/limits.md
-from the constants.
+from the constants, docs/modules.md from the modules' docstrings.
 """
 
 from __future__ import annotations
 
+import ast
 import inspect
 import os
 import pkgutil
@@ -170,12 +171,41 @@ def limits_page() -> str:
     return NOTE + limits.page()
 
 
+def modules_page() -> str:
+    """Every module under its layer, with the first line of its docstring."""
+    from tests.test_layering import LAYERS
+
+    places = {name: title for title, names in LAYERS for name in names}
+    found: dict[str, list[str]] = {title: [] for title, _ in LAYERS}
+    for folder, _, names in sorted(os.walk(os.path.join(ROOT, "kvmtool"))):
+        for file in sorted(name for name in names if name.endswith(".py")):
+            path = os.path.relpath(os.path.join(folder, file), os.path.join(ROOT, "kvmtool"))
+            dotted = path.removesuffix(".py").removesuffix("__init__").rstrip("/").replace("/", ".")
+            place = dotted
+            while place not in places:
+                place = place.rpartition(".")[0]
+            with open(os.path.join(folder, file), encoding="utf-8") as source:
+                text = ast.get_docstring(ast.parse(source.read())) or ""
+            line = text.partition("\n")[0].replace("|", "\\|")
+            found[places[place]].append(f"| `{path}` | {line} |")
+    parts = [
+        NOTE,
+        "# The modules\n",
+        "In the order of [the layers](layers.md): a module imports only from layers above its own,",
+        "or from its own. What each is for is the first line of its docstring.\n",
+    ]
+    for title, rows in found.items():
+        parts += [f"## {title}\n", "| module | what it is for |\n|---|---|", *rows, ""]
+    return "\n".join(parts)
+
+
 PAGES = {
     "docs/cli.md": cli_page,
     "docs/errors.md": errors_page,
     "docs/fields.md": fields_page,
     "docs/api/objects.md": objects_page,
     "docs/limits.md": limits_page,
+    "docs/modules.md": modules_page,
 }
 
 
