@@ -142,6 +142,9 @@ def test_only_the_master_processor():
     del made.symbols["_processor_list"]
     made.pointer("_master_processor", there[0][0].address)
     assert list(processors(made.target(), Report())) == [there[0][0].address]
+    del made.symbols["_master_processor"]
+    made.symbols["_percpu_slot_processor"] = there[0][0].address
+    assert list(processors(made.target(), Report())) == [there[0][0].address]
     with pytest.raises(NotFoundError, match="_processor_list"):
         list(processors(Sparse("10.13.6 x86_64").target(), Report()))
 

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from kvmtool.target import Target
 
-_ROOTS = ("_processor_list", "_processor_array", "_master_processor")
+_SLOT = "_percpu_slot_processor"  # from 11 on this itself is the boot processor's
+_ROOTS = ("_processor_list", "_processor_array", "_master_processor", _SLOT)
 LIMIT = 256  # processors: MAX_CPUS is 64 or less in every release
 _VECTORS = 256  # of the interrupts that cpu_hwIntCnt counts
 # osfmk/kern/processor.h, the same numbers since 10.4
@@ -121,7 +122,7 @@ def processors(target: Target, report: Report) -> Iterator[int]:
                 )
             yield address
     if not seen:
-        master = named.pointer(target, "_master_processor")
+        master = named.pointer(target, "_master_processor") or named.address_of(target, _SLOT)
         if isinstance(master, int) and master:
             yield master
 
