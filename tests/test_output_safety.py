@@ -39,10 +39,13 @@ ARGUMENTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "search": (("a",),),
     "symbol": (("_version",),),
     "type": (("proc",),),
+    "vmmap": (("kernel",), ("1",)),
     "vtop": (("_version",),),
     "walk": (("allproc", "--next", "p_list", "-o", "p_pid,p_comm"),),
 }
-OTHERS = {"convert", "demo", "extract", "kernels", "mount", "types", "regions"}
+OTHERS = {
+    *("completion", "convert", "demo", "doctor", "extract", "kernels", "mount", "regions", "types"),
+}
 NO_FORMAT = {"dd", "dmesg", "type"}
 BANNER = "Darwin Kernel Version 13.4.0: x; root:xnu-2422.115.4~1/RELEASE_X86_64"
 ESCAPES = (b"\x1b[7m", b"\x9b7m\r", b"\xe2\x80\xae\x07")  # CSI in 7 bits and in 8, a bidi override

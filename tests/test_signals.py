@@ -116,10 +116,12 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {  # of those that need some
     "search": ("Darwin",),
     "symbol": ("_version",),
     "type": ("proc",),
+    "vmmap": ("kernel",),
     "vtop": ("_version",),
     "walk": ("allproc",),
 }
-OTHERS = {"convert", "demo", "extract", "kernels", "mount"}  # they write files, or serve
+# they write files, or serve, or are not about a dump
+OTHERS = {"completion", "convert", "demo", "doctor", "extract", "kernels", "mount"}
 
 
 @pytest.mark.parametrize("name", sorted(set(COMMANDS) - OTHERS))
