@@ -36,6 +36,11 @@ class Kvm(TypedHandle):
 
     Made by `open`; a context manager. `MemoryHandle` has memory and symbols, `TypedHandle` types
     and objects; here is what stands in the kernel's memory.
+
+    One handle may be asked from several threads at once: memory, symbols, types, expressions and
+    all that is walked, of a dump or of a halted machine. An iterator belongs to the thread that
+    made it, `close` comes after the last answer, and what warns of something warns the thread that
+    met it first.
     """
 
     def _kexts_in_memory(self) -> Iterator[Kext]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from functools import cached_property
 from itertools import islice
+from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvmtool import progress
@@ -65,6 +66,7 @@ class PagedMemory:
         self._places: dict[int, list[int | None]] = {}
         self._shift = walker.window_bits
         self._windows: dict[int, Window] = {}
+        self._lock = Lock()  # for what changes `_windows`; looking there needs none
         self.budget = self._left = budget
         watch: Callable[[PagedMemory], None] | None = getattr(physical, "watch", None)
         if watch is not None:
@@ -82,9 +84,10 @@ class PagedMemory:
 
     def forget(self) -> None:
         """Translate anew from here on: the page tables may have changed."""
-        self._windows.clear()
-        self._places.clear()
-        self._left = self.budget
+        with self._lock:
+            self._windows.clear()
+            self._places.clear()
+            self._left = self.budget
 
     def translate(self, address: int) -> tuple[int, int]:
         """(physical address, bytes up to the end of the page). Raises `FaultError`."""
@@ -208,7 +211,13 @@ class PagedMemory:
     def _window(self, address: int) -> Window:
         index = address >> self._shift
         window = self._windows.get(index)
-        if window is None:
+        return self._make_window(index, address) if window is None else window
+
+    def _make_window(self, index: int, address: int) -> Window:
+        with self._lock:
+            window = self._windows.get(index)
+            if window is not None:  # another thread was faster
+                return window
             window = self.walker.window(address)
             cost = _WINDOW_COST + _EXTENT_COST * len(window.deltas)
             while self._left < cost and self._windows:
@@ -219,7 +228,7 @@ class PagedMemory:
             if cost <= self._left:
                 self._left -= cost
                 self._windows[index] = window
-        return window
+            return window
 
     def _spans(self, address: int, size: int) -> Iterator[tuple[int, int, int | None, str]]:
         """The range as (address, bytes, physical address or None, reason), in address order."""

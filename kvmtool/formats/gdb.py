@@ -60,10 +60,11 @@ class GdbMemory(LiveMemory):
 
     def _fetch(self, address: int, size: int) -> bytes:
         target = self._target
-        target.set_physical(self.space == "physical")
-        if size <= target.read_size:
-            return target.read_once(address, size)
-        return target.read_many(address, size)
+        with target.source.lock:  # the mode must hold until the last answer is there
+            target.set_physical(self.space == "physical")
+            if size <= target.read_size:
+                return target.read_once(address, size)
+            return target.read_many(address, size)
 
 
 class Gdb:

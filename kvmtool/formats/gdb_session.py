@@ -8,6 +8,7 @@ so at once to every further question; only `reconnect` opens it again.
 from __future__ import annotations
 
 import socket
+from threading import RLock
 from time import monotonic
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
@@ -59,6 +60,7 @@ class GdbSession:
         Raises `KvmError` naming the address and what went wrong.
         """
         self.name, self.timeout = url, timeout
+        self.lock = RLock()  # of the line: one question at a time
         self._where = parse_url(url)
         self.farewell: Callable[[], None] | None = None
         self._socket: socket.socket | None = None
@@ -109,17 +111,18 @@ class GdbSession:
 
         Raises `KvmError` when the peer is gone, is silent, or talks nonsense.
         """
-        self._settle()
-        self._in_flight, self._last = 1, packets.frame(request)
-        self._send(self._last)
-        answer = self._answer(decode)
-        self._in_flight = 0
-        return answer
+        with self.lock:
+            self._settle()
+            self._in_flight, self._last = 1, packets.frame(request)
+            self._send(self._last)
+            answer = self._answer(decode)
+            self._in_flight = 0
+            return answer
 
     def ask_all(
         self, requests: Sequence[bytes], decode: Callable[[bytes], Answer | None], window: int
     ) -> Iterator[Answer]:
-        """The answers in order, `window` requests under way at a time.
+        """The answers in order, `window` requests under way at a time; the caller holds `lock`.
 
         Raises `KvmError` as `ask`.
         """
@@ -142,13 +145,15 @@ class GdbSession:
 
     def command(self, request: bytes) -> None:
         """Send `request`, to which no answer comes until the target stops."""
-        self._settle()
-        self._send(packets.frame(request))
+        with self.lock:
+            self._settle()
+            self._send(packets.frame(request))
 
     def interrupt(self) -> None:
         """Stop a running target and wait for it. Raises `KvmError`."""
-        self._send(b"\x03")
-        self._answer(packets.stop)
+        with self.lock:
+            self._send(b"\x03")
+            self._answer(packets.stop)
 
     def _answer(self, decode: Callable[[bytes], Answer | None]) -> Answer:
         deadline = monotonic() + self.timeout
