@@ -301,27 +301,30 @@ def test_a_kext_taken_off_a_list(tmp_path):
 
 
 def test_imports_of_a_kext(tmp_path):
-    """Its __DATA,__data is said to be a table of imports: two good pointers, two that are not."""
+    """Its __DATA,__data is said to be a table of imports: three good pointers, two that are not."""
     dump = "x86_64-10.13.6"
-    core, pci = Core(tmp_path, plain_core(dump)), "com.apple.iokit.IOPCIFamily"
-    kext = kext_in(dump, pci)
+    core, port = Core(tmp_path, plain_core(dump)), "com.apple.driver.AppleAHCIPort"
+    kext = kext_in(dump, port)
     with kvmtool.open(real(f"dumps/{dump}/mach_kernel"), plain_core(dump)) as kvm:
         printf = kvm.address("_printf")
-        image = next(k for k in kvm.kexts if k.identifier == pci).image
+        image = next(k for k in kvm.kexts if k.identifier == port).image
         data = next(s for s in image.sections if s.sectname == "__data")
         head = kvm.read(kext["address"], 0x1000)
     at = head.index(b"__data\0") + 64  # flags of a section_64
     core.write(kext["address"] + at, struct.pack("<I", 6))
     size = head.index(b"__data\0") + 40
-    core.write(kext["address"] + size, struct.pack("<Q", 32))
+    core.write(kext["address"] + size, struct.pack("<Q", 40))
+    family = kext_in(dump, "com.apple.iokit.IOPCIFamily")["address"]  # it is linked against that
     article = kext_in(dump)["address"] + 0xB00
-    core.write(data.addr, struct.pack("<4Q", printf, kext["address"] + 0xB00, article, HEAP))
+    core.write(
+        data.addr, struct.pack("<5Q", printf, kext["address"] + 0xB00, family, article, HEAP)
+    )
     found = checked(real(f"dumps/{dump}/mach_kernel"), core.path, "--only", "imports")
     assert [(row["kind"], row["where"], row["found"]["address"]) for row in found.rows] == [
-        ("hook", f"{pci}: __data+0x10", hex(article)),
-        ("outside", f"{pci}: __data+0x18", hex(HEAP)),
+        ("hook", f"{port}: __data+0x18", hex(article)),
+        ("outside", f"{port}: __data+0x20", hex(HEAP)),
     ]
-    assert "looked at 4 pointers that kexts import" in found.said
+    assert "looked at 5 pointers that kexts import" in found.said
 
 
 # What the machine's own kernel does to its code: its table of segments stands there, and start-up
@@ -427,6 +430,27 @@ def test_relocations_of_code_are_known(sample):
     with open(sample.kernel, "wb") as file:
         file.write(kernel + entry)
     assert shown(sample.checked()) == [GDT]
+
+
+def test_lockstats_probes_are_known(crash, symbols, tmp_path):
+    """A return that became a nop: at the kernel's own label for it, and one byte beside."""
+    kernel = str(tmp_path / "mach_kernel")
+    shutil.copyfile(real(KERNEL), kernel)
+    with kvmtool.open(kernel, crash.path) as kvm:
+        label = kvm.nearest_target().pointer(symbols["_lck_mtx_unlock_lockstat_patch_point"])
+        text = kvm.kernel.segment("__TEXT")
+        (found,) = kvm.symbols.at(label)[:1]
+    assert found.name == "_lck_mtx_unlock"
+    for place in (label, label + 32):
+        with open(kernel, "r+b") as file:
+            file.seek(text.fileoff + place - text.vmaddr)
+            file.write(b"\xc3")
+        crash.write(place, b"\x90")
+    found = checked(kernel, crash.path, "--only", "text", "--all")
+    code = {row["address"]: row for row in found.rows if "constant" not in row["evidence"]}
+    assert (code[hex(label)]["severity"], code[hex(label)]["kind"]) == ("info", "expected")
+    assert "a lockstat probe of dtrace" in code[hex(label)]["evidence"]
+    assert code[hex(label + 32)]["severity"] == "high"
 
 
 def test_code_that_is_another_kernels(sample):

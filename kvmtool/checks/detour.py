@@ -32,6 +32,11 @@ def is_probe(arch: str, was: bytes, now: bytes, size: int) -> bool:
     return all(old == new or (new == _ARM_PROBE and _arm_probed(old)) for old, new in words)
 
 
+def is_lock_probe(was: bytes, now: bytes) -> bool:
+    """Whether a return was made to do nothing, as lockstat does (bsd/dev/dtrace/lockstat.c)."""
+    return was[:1] == b"\xc3" and now[:1] == b"\x90" and was[1:] == now[1:]
+
+
 def _arm_probed(word: int) -> bool:
     """add fp, sp, #…; ret; b; nop."""
     return (

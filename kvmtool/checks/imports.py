@@ -125,13 +125,13 @@ def _kexts(
 def _linked(loaded: Mapping[Any, KextInfo]) -> dict[str, frozenset[str]]:
     """Kext → the kexts it is linked against, by themselves or through another.
 
-    A kext whose list cannot be read is left out.
+    A kext whose list cannot be read is left out, and so is one without any: it may not be kept.
     """
     names = {kext.index: name for name, kext in loaded.items() if isinstance(name, str)}
     direct = {
         name: {names[index] for index in kext.linked if index in names}
         for name, kext in loaded.items()
-        if isinstance(name, str) and isinstance(kext.linked, list)
+        if isinstance(name, str) and isinstance(kext.linked, list) and kext.linked
     }
     found = {}
     for name in direct:

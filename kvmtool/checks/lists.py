@@ -95,7 +95,7 @@ def kexts(case: Case, outcome: Outcome) -> None:
             if not isinstance(pointer, int) or not pointer:
                 continue
             outcome.count("pointers in kmod_info")
-            if not kext.holds(pointer):
+            if not kext.holds(pointer) and case.code.code_owner(pointer) != kext.name:
                 where = f"{kext.name}: its {name} function"
                 evidence = f"{pointer:#x} lies outside of the kext"
                 code = case.kvm.code_at(pointer)

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvmtool.checks import detour
-from kvmtool.checks.code import FREED, Part
+from kvmtool.checks.code import Part, own
 from kvmtool.checks.finding import DIFFERS, EXPECTED, HIGH, INFO, MEDIUM
 from kvmtool.errors import FaultError, FormatError, MismatchError, UnsupportedError
 from kvmtool.image import LoadedImage
@@ -31,6 +31,7 @@ _PAGE = 4096
 _APART = 8  # as many equal bytes between two changes make them one
 _MOST = 64  # changes told one by one: a part with more is another kernel's, or not there
 _CODE, _CONSTANTS = "pages of code", "pages of constants"
+_LOCK_PROBE = "_lockstat_patch_point"  # LOCKSTAT_LABEL in osfmk/i386/i386_lock.s
 _HIB = "__HIB"  # executable and full of data: page tables, descriptors, variables
 _AROUND = 16  # bytes of a change that are shown and looked into
 
@@ -81,7 +82,7 @@ def _pages(part: Part) -> int:
 def _constants(case: Case, kernel: MachO, code: list[Part]) -> Iterator[Part]:
     """What lies between the code in segments that are not writable."""
     for segment in kernel.segments:
-        if segment.initprot & VM_PROT_WRITE or segment.segname in (*FREED, _HIB):
+        if segment.initprot & VM_PROT_WRITE or not own(segment.segname) or segment.segname == _HIB:
             continue
         start = segment.vmaddr + case.code.shift
         end = start + min(segment.vmsize, segment.filesize)
@@ -116,6 +117,18 @@ class _Comparison:
             self._outcome.failed.append(str(error))
             return None
         return RelocatedSource(relocations)
+
+    @cached_property
+    def _lock_probes(self) -> frozenset[int]:
+        """Where dtrace's lockstat turns a return into nothing, as the kernel's own labels say."""
+        found = set()
+        for symbol in self._case.kvm.symbols:
+            if symbol.name.endswith(_LOCK_PROBE):
+                try:
+                    found.add(self._case.target.pointer(symbol.address))
+                except FaultError:
+                    continue
+        return frozenset(found)
 
     def changes(self, part: Part, what: str) -> tuple[list[Change], int]:
         """What differs, not much more than `_MOST` of it; and on how many pages."""
@@ -171,6 +184,9 @@ class _Comparison:
             change = self._from(change, change.address % 4)
         if detour.is_probe(self._arch, change.was, change.now, change.size):
             self.tell(EXPECTED, INFO, change, "a probe of dtrace")
+            return
+        if detour.is_lock_probe(change.was, change.now) and change.address in self._lock_probes:
+            self.tell(EXPECTED, INFO, change, "a lockstat probe of dtrace")
             return
         if detour.is_breakpoint(self._arch, change.now):
             self.tell(DIFFERS, MEDIUM, change, "a breakpoint")
