@@ -43,6 +43,24 @@ struct inpcbhead { struct inpcb *lh_first; };
 struct in_ifaddrhead { struct in_ifaddr *tqh_first; struct in_ifaddr **tqh_last; };
 struct ifnethead { struct ifnet *tqh_first; struct ifnet **tqh_last; };
 struct domains_head { struct domain *tqh_first; struct domain **tqh_last; };
+/* bsd/sys/socket.h, un.h, bsd/netinet/in.h, bsd/netinet6/in6.h, bsd/net/if_dl.h: ports and
+   addresses in network order; sun_path and sdl_data are as long as the length says */
+struct sockaddr { unsigned char sa_len; unsigned char sa_family; char sa_data[14]; };
+struct in_addr { unsigned int s_addr; };
+struct sockaddr_in {
+    unsigned char sin_len; unsigned char sin_family; unsigned short sin_port;
+    struct in_addr sin_addr; char sin_zero[8];
+};
+struct sockaddr_in6 {
+    unsigned char sin6_len; unsigned char sin6_family; unsigned short sin6_port;
+    unsigned int sin6_flowinfo; unsigned int sin6_addr[4]; unsigned int sin6_scope_id;
+};
+struct sockaddr_un { unsigned char sun_len; unsigned char sun_family; char sun_path[104]; };
+struct sockaddr_dl {
+    unsigned char sdl_len; unsigned char sdl_family; unsigned short sdl_index;
+    unsigned char sdl_type; unsigned char sdl_nlen; unsigned char sdl_alen;
+    unsigned char sdl_slen; char sdl_data[12];
+};
 /* pexpert/pexpert/pexpert.h; what v_resv is has had names since 10.6 */
 struct PE_Video {
     unsigned long v_baseAddr; unsigned long v_rowBytes; unsigned long v_width;
