@@ -184,7 +184,7 @@ def test_a_zombie_has_no_map():
 def test_what_names_no_map():
     where = ("-N", real(X86), "-M", real("machine/crash.kdp-core"))
     assert run("sh", *where).exit_code == 2
-    assert run("9999", *where).stderr == "kvmtool: process 9999 not found\n"
+    assert run("9999", *where).stderr.startswith("kvmtool: process 9999 not found")
     found = run("0xffffff8000200000", *where)
     assert found.exit_code == 1
     assert found.stderr == (
