@@ -10,6 +10,7 @@ help: ## list the targets
 venv: $(STAMP) ## make the virtualenv in .venv
 $(STAMP): pyproject.toml tools/venv.sh
 	@sh tools/venv.sh $(VENV)
+	@echo "installing what is needed into $(VENV): about a minute" >&2
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat -e '.[dev]'
 	@touch $@
 

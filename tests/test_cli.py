@@ -466,3 +466,14 @@ def test_a_packed_core_is_refused_with_what_unpacks_it(
     result = run(*machine[:2], "-M", str(tmp_path / "core.packed"), "procs", status=1)
     assert f"; {tool} -d unpacks it" in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_what_others_call_it_leads_to_a_command():
+    """Someone who types ps is told procs; none of these names is a command of ours."""
+    from kvmtool.cli import COMMANDS, ELSEWHERE
+
+    assert set(ELSEWHERE.values()) <= COMMANDS.keys()
+    assert not ELSEWHERE.keys() & COMMANDS.keys()
+    found = run("ps", "-N", "mach_kernel", status=2)
+    assert found.stdout == ""
+    assert "no command 'ps': procs does that" in found.stderr

@@ -10,3 +10,4 @@ for command in "nlist _cdevsw" "read 0x441990 4" "read 0x441990 4 -t x4" procs; 
     # shellcheck disable=SC2086  # words are meant to be split
     "$kvmtool" $command
 done
+printf '\nTo type these yourself:\n  export PATH="%s:$PATH"\n' "$(cd "$(dirname "$kvmtool")" && pwd)"

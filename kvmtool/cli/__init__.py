@@ -79,13 +79,35 @@ COMMANDS = {
 GROUPS = {
     "Look up": "nlist symbols symbol",
     "Read memory": "read print walk search regions vtop",
-    "Processes": "procs args threads backtrace files",
+    "Processes": "procs args threads backtrace files vmmap",
     "The kernel's state": "host load cpus dmesg panic vm zones "
     "kexts devsw syscalls sysctl net mounts",
     "Types": "type types",
     "Images and dumps": "info check kernels convert extract",
     "Devices": "mount dd",
     "Help": "demo doctor completion",
+}
+
+# what other programs call what a command does
+ELSEWHERE = {
+    **dict.fromkeys(("ps", "pslist", "pstree", "top"), "procs"),
+    **dict.fromkeys(("lsof", "fstat"), "files"),
+    **dict.fromkeys(("netstat", "ifconfig", "route"), "net"),
+    **dict.fromkeys(("od", "hexdump", "xxd", "x"), "read"),
+    **dict.fromkeys(("bt", "stack"), "backtrace"),
+    **dict.fromkeys(("ptype", "pahole", "whatis"), "type"),
+    **dict.fromkeys(("uname", "hostinfo", "sw_vers"), "host"),
+    **dict.fromkeys(("otool", "file"), "info"),
+    "nm": "symbols",
+    "kextstat": "kexts",
+    "lsmod": "kexts",
+    "vm_stat": "vm",
+    "zprint": "zones",
+    "uptime": "load",
+    "p": "print",
+    "strings": "search",
+    "df": "mounts",
+    "atos": "symbol",
 }
 
 
@@ -211,6 +233,8 @@ def _named_in(path: object) -> str:
 
 def _no_command(name: str) -> str:
     """What to say of a command that is none: those like it, or what to do with a file's name."""
+    if name in ELSEWHERE:
+        return f"no command {name!r}: {ELSEWHERE[name]} does that"
     from difflib import get_close_matches
 
     near = get_close_matches(name, COMMANDS, 3)
