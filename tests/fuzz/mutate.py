@@ -18,7 +18,7 @@ def mutated(data: bytes, seed: int) -> bytes:
         if not out:
             return bytes(out)
         reach = min(len(out), chance.choice((64, 512, 4096, len(out))))
-        chance.choice((_byte, _byte, _word, _word, _block, _text))(out, chance, reach)
+        chance.choice((_byte, _byte, _word, _word, _link, _block, _text))(out, chance, reach)
     if chance.random() < 0.1:
         del out[chance.randrange(len(out) + 1) :]
     return bytes(out)
@@ -38,6 +38,16 @@ def _word(out: bytearray, chance: random.Random, reach: int) -> None:
     near = word.unpack_from(out, at)[0] + chance.choice((-8, -1, 1, 8, 0x1000))
     value = chance.choice((chance.choice(_WIDE), near))
     word.pack_into(out, at, value & (1 << 8 * word.size) - 1)
+
+
+def _link(out: bytearray, chance: random.Random, reach: int) -> None:
+    """A word in the place of another: a pointer that leads to what is there, but elsewhere."""
+    size = chance.choice((4, 8))
+    if len(out) >= 2 * size:
+        places = [chance.randrange(len(out) // size) * size for _ in range(64)]
+        words = [at for at in places if any(out[at : at + size])] or places
+        to, origin = chance.choice(words), chance.choice(words)
+        out[to : to + size] = out[origin : origin + size]
 
 
 def _block(out: bytearray, chance: random.Random, reach: int) -> None:
