@@ -6,16 +6,20 @@ from __future__ import annotations
 
 import json
 import struct
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 
 from kvmtool import kvm
 from kvmtool.cli import cli
+from kvmtool.errors import NotFoundError
 from kvmtool.types import layouts
+from kvmtool.types.flatten import Struct
+from kvmtool.types.model import TypeTable
 from kvmtool.unreadable import Unreadable
 from kvmtool.xnu.queues import Report
-from kvmtool.xnu.thread import threads
+from kvmtool.xnu.thread import _fields, threads
 from tests.builders.running import Running, symbols
 from tests.builders.specs import TH_WAIT
 from tests.builders.xnu import has_kaslr
@@ -238,3 +242,13 @@ def test_times_are_shown_as_ps_shows_them(tmp_path):
     table = said("71", *where, "-o", "address,user_time,suspend_count,options").stdout.split("\n")
     line = next(line for line in table if f"{first:#x}" in line)
     assert line.split() == [f"{first:#x}", "2:03.45", "3", "0x82"]
+
+
+@pytest.mark.parametrize("gone", ["active", "options", "suspend_count", "wait_event"])
+def test_types_that_lack_a_member_say_which(gone):
+    every = layouts.table("10.9.5 x86_64")
+    thread = every.struct("thread")
+    members = {name: member for name, member in thread.members.items() if name != gone}
+    types = TypeTable(every.source, lambda tag: Struct(tag, thread.size, members))
+    with pytest.raises(NotFoundError, match=gone):
+        _fields(SimpleNamespace(types=types, arch=SimpleNamespace(pointer_size=8)))

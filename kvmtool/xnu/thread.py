@@ -105,8 +105,8 @@ class ThreadReader:
         self.tasks = TaskReader(target)
         self.task_link = types.offset("thread", "task_threads")
         self.task_head = types.offset("task", "threads")
+        self._record = Record(target, _fields(target))  # says which member these types lack
         self._active_bit = types.struct("thread").members["active"].bit_offset or 0
-        self._record = Record(target, _fields(target))
         self._ro = None
         if types.has("thread", "t_tro"):  # xnu-8019.61 (macOS 12.1) on
             self._ro = Record(target, {"task": (types.offset("thread_ro", "tro_task"), "P")})
@@ -289,7 +289,7 @@ def _fields(target: Target) -> dict[str, tuple[int | None, str]]:
         ("suspend_count", "suspend_count"),
         ("options", "options"),
     ):
-        member = next(m for m in members if types.has("thread", m))
+        member = next((m for m in members if types.has("thread", m)), members[0])
         code = unsigned(types, "thread", member)
         signed = name in ("sched_pri", "base_pri")
         fields[name] = (types.offset("thread", member), code.lower() if signed else code)

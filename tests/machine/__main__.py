@@ -16,7 +16,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from tests.machine import build, checks, dumps, judges, mounted, toolchain
+from tests.machine import build, checks, dumps, judges, mounted, running, toolchain
 from tests.machine.vm import MachineError, Vm
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def main() -> int:
         print(f"machine: {error}", file=sys.stderr)
         return 1
     held = True
+    running.load()
     for arch in options.arch:
         try:
             held &= _run(arch, tools, options)
@@ -122,15 +123,23 @@ def _check(
     vm: Vm, images: build.Images, paths: dict[str, str], folder: str, required: list[str]
 ) -> bool:
     held = True
-    tests = list(checks.table(vm, images))
-    for form, template in checks.FORMS.items():
-        if form != "gdb" and form not in paths:
-            _report(form, "not offered here", ())
-            continue
-        core = template.format(path=paths.get(form), port=vm.port)
-        failures = [found for test in tests if (found := checks.run(test, images.kernel, core))]
-        lines = _by_reason(failures, len(tests))
-        held &= _verdict(form, lines, len(failures), len(tests), required)
+    cores = {
+        form: template.format(path=paths.get(form), port=vm.port)
+        for form, template in checks.FORMS.items()
+        if form == "gdb" or form in paths
+    }
+    tests = {form: list(checks.table(vm, images, form)) for form in cores}
+    found = running.each(
+        lambda form: [
+            bad for test in tests[form] if (bad := checks.run(test, images.kernel, cores[form]))
+        ],
+        list(cores),
+    )
+    for form, failures in zip(cores, found, strict=True):
+        lines = _by_reason(failures, len(tests[form]))
+        held &= _verdict(form, lines, len(failures), len(tests[form]), required)
+    for form in (form for form in checks.FORMS if form not in cores):
+        _report(form, "not offered here", ())
     lines = list(mounted.failures(vm, images, paths["elf"], folder))
     return held & _verdict("mount", lines, len(lines), 2, required)
 

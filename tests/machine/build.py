@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _SOURCES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "src")
 _KERNEL = (
     *("lib", "serial", "paging", "loader", "heap", "queues", "devices", "statics", "mounts"),
-    *("kmod", "procs", "main", "boot_{arch}"),
+    *("kmod", "procs", "stacks", "files", "sysctl", "zones", "main", "boot_{arch}"),
 )
 _KEXT = "org.kvmtool.machine.mmread"
 _EPOCH = 1_000_000_000  # the time stamp of every object file: stabs hold it

@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import zlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvmtool.types import layouts
-from tests.machine import postlink
+from tests.machine import commands, postlink, running
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from tests.machine.build import Images
+    from tests.machine.running import Answer
     from tests.machine.vm import Vm
 
 MMREAD_MAJOR = 11
-_SECONDS = 60
 # form: what follows -M, given the path of the dump or the port of the gdb stub
 FORMS = {
     "macho-core": "{path}",
@@ -43,6 +42,8 @@ FORMS = {
     "lime": "{path}",
     "gdb": "gdb://127.0.0.1:{port}",
 }
+KERNEL_ONLY = {"macho-core"}  # lldb writes the kernel's address space
+TYPED = {"raw", "gdb"}  # where every command runs by the compiler's types, too
 # of a process: what the kernel told and `procs --format json` says under the same name
 _PROCESS = (
     *("pid", "ppid", "pgid", "sid", "uid", "ruid", "svuid", "gid", "rgid", "svgid", "groups"),
@@ -51,33 +52,18 @@ _PROCESS = (
 )
 
 
-class Answer(NamedTuple):
-    """What a run of kvmtool left."""
-
-    status: int
-    out: bytes
-    err: str
-
-
 class Check(NamedTuple):
-    """`look` finds in an answer what must equal `expected`; `kernel` is whether -N is given."""
+    """`look` finds in an answer what must equal `expected`.
+
+    `kernel` is whether -N is given, `layout` the built-in one that is named, if one is.
+    """
 
     title: str
     arguments: tuple[str, ...]
     expected: Any
     look: Callable[[Answer], Any]
     kernel: bool = True
-
-
-def kvmtool(*arguments: str) -> Answer:
-    """Runs this Python's kvmtool."""
-    done = subprocess.run(
-        [sys.executable, "-m", "kvmtool", *arguments],
-        capture_output=True,
-        stdin=subprocess.DEVNULL,
-        timeout=_SECONDS,
-    )
-    return Answer(done.returncode, done.stdout, done.stderr.decode().strip())
+    layout: str | None = None
 
 
 class Failure(NamedTuple):
@@ -90,10 +76,12 @@ class Failure(NamedTuple):
 def run(check: Check, kernel: str, core: str) -> Failure | None:
     """None if it holds."""
     where = ("-N", kernel) if check.kernel else ()
+    if check.layout is not None:
+        where += ("--layout", check.layout)
     try:
-        answer = kvmtool(*where, "-M", core, *check.arguments)
-    except subprocess.TimeoutExpired:
-        return Failure(check.title, f"no answer within {_SECONDS} s")
+        answer = running.run(*where, "-M", core, *commands.prepared(check.arguments))
+    except running.SlowError as slow:
+        return Failure(check.title, str(slow))
     try:
         got = check.look(answer)
         if got == check.expected:
@@ -112,8 +100,8 @@ def _short(value: Any) -> str:
     return text if len(text) < 200 else f"{text[:200]}..."
 
 
-def table(vm: Vm, images: Images) -> Iterator[Check]:
-    """Every check of one machine, the same for every form."""
+def table(vm: Vm, images: Images, form: str) -> Iterator[Check]:
+    """Every check of one machine in one form."""
     machine, statics = vm.said("machine")[0], vm.said("statics")[0]
     addresses = {each["name"]: each["address"] for each in vm.said("symbol")}
     names = ("nlist", "--format", "json", *addresses)
@@ -138,6 +126,18 @@ def table(vm: Vm, images: Images) -> Iterator[Check]:
     alone = ("nlist", "--format", "json", "_cdevsw")
     wanted = {"_cdevsw": addresses["_cdevsw"]}
     yield Check("symbols without -N", alone, wanted, _named, kernel=False)
+    yield from _commands(vm, images, form)
+
+
+def _commands(vm: Vm, images: Images, form: str) -> Iterator[Check]:
+    """Every command by the release's layout; by the compiler's types, too, each must be clear."""
+    machine = vm.said("machine")[0]
+    slide = int(machine["slide"], 16)
+    symbols = [(value + slide, name) for value, _, name in symbols_of(images.kernel)]
+    for each in commands.wanted(vm, symbols, kernel_only=form in KERNEL_ONLY):
+        yield Check(*each, layout=machine["layout"])
+        if form in TYPED and each.arguments[0] not in commands.UNTYPED:
+            yield Check(f"{each.title} by DWARF", each.arguments, "clear", commands.clear)
 
 
 def _kext(vm: Vm, images: Images) -> Iterator[Check]:

@@ -24,6 +24,7 @@ _STRUCTS = {
         struct list_entry p_sibling; void *p_children; struct tailq_head p_uthlist;
         struct list_entry p_hash; struct ucred *p_ucred; u32 p_flag; u16 p_xstat;
         int p_argslen; int p_argc; u64 user_stack; signed char p_nice; char p_comm[17];
+        struct filedesc *p_fd; struct vnode *p_textvp;
         char p_name[33]; struct pgrp *p_pgrp; struct timeval p_start; u32 p_idversion; ?
         u32 p_uid; u32 p_gid; u32 p_ruid; u32 p_rgid; u32 p_svuid; u32 p_svgid; u64 p_uniqueid;
         u64 p_puniqueid;""",
@@ -31,7 +32,8 @@ _STRUCTS = {
         struct queue_entry threads; int thread_count; int suspend_count; struct proc *bsd_info;""",
     "thread": """uptr wait_event; int state; u16 sched_pri; u16 priority;
         struct queue_entry threads; struct queue_entry task_threads; struct task *task;
-        struct uthread *uthread; ? u64 thread_id;""",
+        struct uthread *uthread; void *continuation; uptr kernel_stack; u8 active;
+        ? u64 thread_id;""",
     "uthread": "struct proc *uu_proc; struct list_entry uu_list; ? struct thread *uu_thread;",
     "posix_cred": """u32 cr_uid; u32 cr_ruid; u32 cr_svuid; u16 cr_ngroups; u32 cr_groups[16];
         u32 cr_rgid; u32 cr_svgid; u32 cr_gmuid;""",
@@ -53,11 +55,28 @@ _STRUCTS = {
     "_loaded_kext_summary_header": "u32 version; u32 entry_size; u32 numSummaries;",
     "_loaded_kext_summary": """char name[64]; u8 uuid[16]; u64 address; u64 size; u64 version;
         u32 loadTag; u32 flags; u64 reference_list;""",
-    "mount": "struct list_entry mnt_list; u32 mnt_flag; char mnt_vfsstat[1];",
+    "mount": """struct list_entry mnt_list; struct vnode *mnt_vnodecovered; u32 mnt_flag;
+        char mnt_vfsstat[1];""",
     "vfsstatfs": """u32 f_bsize; u64 f_blocks; u64 f_bfree; u64 f_bavail; u64 f_flags;
         char f_fstypename[16]; char f_mntonname[1024]; char f_mntfromname[1024];""",
     "pmap": "u64 pm_cr3; u64 *pm_pdpt; u64 *pm_pml4;",
     "_vm_map": "struct pmap *pmap;",
+    "machine_info": """int max_cpus; u64 max_mem; int physical_cpu; int physical_cpu_max;
+        int logical_cpu; int logical_cpu_max;""",
+    "sysctl_oid": """void *oid_parent; void *oid_link; int oid_number; int oid_kind;
+        void *oid_arg1; int oid_arg2; const char *oid_name; void *oid_handler;
+        const char *oid_fmt;""",
+    "zone": """int count; uptr cur_size; uptr max_size; uptr elem_size; uptr alloc_size;
+        struct zone *next_zone; const char *zone_name; ? u64 sum_count;""",
+    "filedesc": """struct fileproc **fd_ofiles; u8 *fd_ofileflags; struct vnode *fd_cdir;
+        struct vnode *fd_rdir; int fd_nfiles; int fd_lastfile;""",
+    "fileproc": "struct fileglob *f_fglob;",
+    "fileglob": """u32 fg_flag; int fg_count; const void *fg_ops; u64 fg_offset; void *fg_data;
+        ? int fg_type;""",
+    "fileops": "? int fo_type;",
+    "vnode": """u32 v_flag; int v_usecount; u16 v_type; const char *v_name;
+        struct vnode *v_parent; struct mount *v_mount;""",
+    "pipe": "struct pipe *pipe_peer;",
 }
 _SIZES = {"char": 1, "u8": 1, "u16": 2, "int": 4, "u32": 4, "u64": 8}
 _PREAMBLE = """\

@@ -6,7 +6,6 @@
 #define D_TAPE 1
 #define D_TTY 3
 
-/* Functions that do nothing; each is a place of its own, as in a kernel. */
 #define FUNCTIONS(X)                                                                              \
     X(cnopen) X(cnclose) X(cnread) X(cnwrite) X(cnioctl) X(cnselect)                              \
     X(cttyopen) X(cttyread) X(cttywrite) X(cttyioctl) X(cttyselect)                               \
@@ -16,12 +15,6 @@
     X(logopen) X(logclose) X(logread) X(logioctl) X(logselect)                                    \
     X(kmopen) X(kmclose) X(kmread) X(kmwrite) X(kmioctl)                                          \
     X(nulldev) X(enodev) X(enodev_strat)
-#define DEFINE(name)                                                                              \
-    int name(void);                                                                               \
-    __attribute__((noinline)) int name(void) {                                                    \
-        __asm__ volatile("");                                                                     \
-        return sizeof(#name) > 7;                                                                 \
-    }
 FUNCTIONS(DEFINE)
 
 struct cdevsw cdevsw[NCHRDEV];

@@ -4,10 +4,10 @@
 
 char kernel_stack[KERNEL_STACK_SIZE] __attribute__((aligned(16)));
 
-extern char allproc[], zombproc[], kernproc[], initproc[], nprocs[], maxproc[], pidhashtbl[];
-extern char pidhash[], tasks[], threads[], tasks_count[], threads_count[], kernel_task[];
-extern char bdevsw[], nchrdev[], mountlist[], msgbufp[], averunnable[], lowGlo[], hostname[];
-extern char kernel_pmap[], rootvnode[], version_major[];
+extern char zombproc[], kernproc[], initproc[], nprocs[], maxproc[], pidhashtbl[];
+extern char pidhash[], tasks[], tasks_count[], threads_count[], kernel_task[];
+extern char bdevsw[], nchrdev[], msgbufp[], averunnable[], avenrun[], lowGlo[];
+extern char kernel_pmap[], version_major[], sysctl__children[], first_zone[];
 #if defined(__x86_64__)
 extern char IdlePML4[], BootPML4[], gLoadedKextSummaries[], physmap_base[], vm_kernel_slide[];
 #define ROOTS(X)                                                                                  \
@@ -21,7 +21,8 @@ extern char IdlePDPT[], IdlePTD[];
     X(tasks) X(threads) X(tasks_count) X(threads_count) X(kernel_task) X(cdevsw) X(bdevsw)        \
     X(nchrdev) X(mountlist) X(msgbufp) X(averunnable) X(lowGlo) X(hostname) X(osversion)          \
     X(version) X(version_major) X(kmod) X(kernel_map) X(kernel_pmap) X(kernel_pmap_store)         \
-    X(rootvnode) ROOTS(X)
+    X(rootvnode) X(machine_info) X(avenrun) X(ostype) X(osrelease) X(sysctl__children)            \
+    X(first_zone) ROOTS(X)
 
 static void tell_symbol(const char *name, uptr address) {
     print("{\"kind\": \"symbol\", \"name\": \"%s\", \"address\": %p}\n", name, address);
@@ -83,6 +84,10 @@ void kernel_main(struct boot_args *boot) {
     plant_mounts();
     plant_kext(boot);
     plant_processes(boot);
+    plant_stacks();
+    plant_files();
+    plant_sysctl();
+    plant_zones();
     fill_noise();
 
     print("{\"kind\": \"machine\", \"arch\": \"%s\", \"layout\": \"%s\", \"slide\": %p, \"root\": %p}\n",
@@ -92,6 +97,10 @@ void kernel_main(struct boot_args *boot) {
     tell_mounts();
     tell_kext();
     tell_processes();
+    tell_threads();
+    tell_files();
+    tell_sysctl();
+    tell_zones();
     tell_ranges(boot);
     print("{\"kind\": \"ready\", \"heap_used\": %u}\n", (u32)heap_used());
 }

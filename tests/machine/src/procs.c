@@ -154,6 +154,7 @@ static void new_thread(struct task *task, struct proc *proc, int state) {
     thread->sched_pri = thread->priority = 31;
     thread->wait_event = state & TH_WAIT ? (uptr)&proc->p_list : 0;
     SET_thread_thread_id(thread, ++thread_id);
+    thread->active = 1;
     thread->uthread = uthread;
     uthread->uu_proc = proc;
     SET_uthread_uu_thread(uthread, thread);
@@ -273,6 +274,20 @@ void plant_processes(struct boot_args *boot) {
     kernel_task = procs[0]->task;
 }
 
+static void tell_arguments(const struct spec *spec) {
+    const char *at = spec->arguments;
+    print(", \"strings\": [");
+    while (at && *at) {
+        char text[64] = {0};
+        uptr size = 0;
+        while (*at != '\n')
+            text[size++] = *at++;
+        at++;
+        print("\"%s\"%s", text, *at ? ", " : "");
+    }
+    print("]");
+}
+
 /* Told from the structures, along the kernel's own lists. */
 static void tell_process(const struct proc *proc) {
     const struct pgrp *pgrp = proc->p_pgrp;
@@ -305,6 +320,7 @@ static void tell_process(const struct proc *proc) {
     if (proc->p_argc)
         print(", \"argc\": %d, \"argslen\": %d, \"user_stack\": %p, \"cr3\": %p", proc->p_argc,
               proc->p_argslen, (uptr)proc->user_stack, (uptr)proc->task->map->pmap->pm_cr3);
+    tell_arguments(&specs[index_of(proc->p_pid)]);
     print("}\n");
 }
 

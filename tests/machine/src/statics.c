@@ -9,6 +9,7 @@
 const char version[] = "Darwin Kernel Version 13.4.0: Sat Jan  1 00:00:00 UTC 2000; "
                        "kvmtool-machine:xnu-2422.115.4~1/RELEASE_X86_64";
 const int version_major = 13, version_minor = 4, version_revision = 0;
+const char osrelease[] = "13.4.0";
 #define LG_STEXT 0x10 /* osfmk/x86_64/lowglobals.h */
 #define LG_VERSION 0x30
 #define LG_KMOD 0x8f8
@@ -17,15 +18,21 @@ const int version_major = 13, version_minor = 4, version_revision = 0;
 const char version[] = "Darwin Kernel Version 9.8.0: Sat Jan  1 00:00:00 UTC 2000; "
                        "kvmtool-machine:xnu-1228.15.4~1/RELEASE_I386";
 const int version_major = 9, version_minor = 8, version_revision = 0;
+const char osrelease[] = "9.8.0";
 #define LG_VERSION 0x1c /* osfmk/i386/lowglobals.h */
 #define LG_KMOD 0x480
 #define LG_OSVERSION 0x494
 #endif
 
+const char ostype[] = "Darwin";
 char osversion[256];
 char hostname[256];
 char lowGlo[PAGE] __attribute__((aligned(4096)));
 struct loadavg averunnable;
+u32 avenrun[3] = {1250, 640, 125}; /* of LOAD_SCALE, 1000 */
+u32 mach_factor[3] = {750, 1360, 1875};
+struct machine_info machine_info;
+int hz = 100;
 struct msgbuf *msgbufp;
 void *rootvnode;
 u32 vm_page_free_count = 24000, vm_page_active_count = 3000, vm_page_inactive_count = 1500;
@@ -104,6 +111,10 @@ void plant_statics(const struct boot_args *boot) {
     averunnable.ldavg[1] = FSCALE;
     averunnable.ldavg[2] = FSCALE / 4;
     averunnable.fscale = FSCALE;
+    machine_info.max_mem = PHYSICAL_SIZE;
+    machine_info.max_cpus = 4;
+    machine_info.physical_cpu = machine_info.physical_cpu_max = 1;
+    machine_info.logical_cpu = machine_info.logical_cpu_max = 1;
     kernel_pmap->pm_cr3 = boot->root;
     kernel_map->pmap = kernel_pmap;
     plant_roots(boot);
@@ -116,6 +127,16 @@ void tell_statics(void) {
     print(", \"hostname\": \"%s\", \"fscale\": %d", hostname, (int)averunnable.fscale);
     print(", \"ldavg\": [%u, %u, %u]", averunnable.ldavg[0], averunnable.ldavg[1],
           averunnable.ldavg[2]);
+    print(", \"avenrun\": [%u, %u, %u]", avenrun[0], avenrun[1], avenrun[2]);
+    print(", \"mach_factor\": [%u, %u, %u]", mach_factor[0], mach_factor[1], mach_factor[2]);
+    print(", \"ostype\": \"%s\", \"osrelease\": \"%s\", \"hz\": %d", ostype, osrelease, hz);
+    print(", \"max_mem\": %u, \"max_cpus\": %d", (u32)machine_info.max_mem, machine_info.max_cpus);
+    print(", \"physical_cpu\": %d, \"logical_cpu\": %d", machine_info.physical_cpu,
+          machine_info.logical_cpu);
+    print(", \"pages\": {\"free\": %u, \"active\": %u", vm_page_free_count, vm_page_active_count);
+    print(", \"inactive\": %u, \"speculative\": %u", vm_page_inactive_count,
+          vm_page_speculative_count);
+    print(", \"wired\": %u}", vm_page_wire_count);
     print(", \"msgbuf\": {\"address\": %p, \"bufx\": %u, \"crc\": %u}}\n", msgbufp,
           msgbufp->msg_bufx, crc32(msgbufp->msg_bufc, msgbufp->msg_bufx));
 }
