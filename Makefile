@@ -34,6 +34,15 @@ site: $(STAMP) ## build the documents as a site in build/site; a warning is an e
 	@$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going docs build/site
 	@echo build/site/index.html
 
+man: $(STAMP) ## write the manual pages to build/man
+	@$(BIN)/python tools/man.py build/man | wc -l
+
+package: $(STAMP) ## build wheel and sdist in dist, check them, try them on every Python here
+	@rm -rf dist
+	@$(BIN)/python -m build --quiet --outdir dist
+	@$(BIN)/python -m twine check --strict dist/*
+	@KVMTOOL_PYTHONS=all $(BIN)/python -m pytest tests/test_packaging.py
+
 layouts: $(STAMP) ## compile the layout database from ../shared/data/layouts
 	@$(BIN)/python tools/build_layouts.py
 	@$(BIN)/python tools/build_layout_types.py
@@ -60,5 +69,5 @@ peers: $(STAMP) ## compare with Volatility 3 (processes, files, sockets) and pya
 clean: ## remove the virtualenv and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache demo
 
-.PHONY: help venv demo test check docs site layouts sample bench fuzz machine peers clean
+.PHONY: help venv demo test check docs site man package layouts sample bench fuzz machine peers clean
 .DEFAULT_GOAL := help

@@ -58,12 +58,12 @@ _TOOLS = {
     "zstd": "unpacks dumps packed with zstd",
 }
 VARIABLES = {
-    "KVMTOOL_KERNEL": "-N",
-    "KVMTOOL_CORE": "-M",
-    "KVMTOOL_KERNEL_PATH": "--kernel-path",
-    "KVMTOOL_TYPES": "--types",
+    "KVMTOOL_KERNEL": "as -N",
+    "KVMTOOL_CORE": "as -M",
+    "KVMTOOL_KERNEL_PATH": "as --kernel-path",
+    "KVMTOOL_TYPES": "as --types",
     "KVMTOOL_CACHE": "the cache directory; empty: no cache",
-    "KVMTOOL_PAGER": "--pager",
+    "KVMTOOL_PAGER": "the pager of --pager, before PAGER",
     "KVMTOOL_TEST_DATA": "the real inputs of the tests",
 }
 _FILES = ("KVMTOOL_KERNEL", "KVMTOOL_TYPES")

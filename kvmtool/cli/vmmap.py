@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvmtool.cli.command import Sectioned
 from kvmtool.cli.listing import Listing, listing_options, opened
 from kvmtool.cli.render import Column
 from kvmtool.unreadable import Unreadable
@@ -93,7 +94,7 @@ def _chosen(kvm: Kvm, reader: MapReader, which: str) -> Map:
     return reader.of_process(find_process(kvm.procs(), number))
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @click.argument("which", metavar="PID|kernel|MAP")
 @click.option("--submaps", is_flag=True, help="What is in submaps, too, each below its entry.")
 @listing_options
