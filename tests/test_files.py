@@ -173,7 +173,7 @@ def test_only_one_process():
     }
     missing = CliRunner().invoke(cli, ["files", *where, "--pid", "77"])
     assert (missing.exit_code, missing.stdout) == (1, "")
-    assert missing.stderr == "kvmtool: process 77 not found\n"
+    assert missing.stderr.startswith("kvmtool: process 77 not found")
 
 
 def test_a_table_of_every_column():

@@ -180,6 +180,48 @@ def test_interfaces_of_a_machine_that_ran(name):
         assert number(row["flags"]) == int(ifnet["flags"], 16)
 
 
+def test_a_kernel_control_by_its_name(tmp_path):
+    """netd's control socket, connected by hand to the first control the kernel has registered.
+
+    struct ctl_cb keeps its kctl at 0x20, struct kctl its name at 0x10 and its list at 0xb8.
+    """
+    import kvmtool
+
+    (row,) = net(*machine("crash"), "--system")
+    assert (row["proto"], row["local"], row["lists"]) == ("kctl", None, ["descriptors"])
+    block = number(row["pcb"])
+    with open(real(MACHINE["crash"]), "rb") as file:
+        core = bytearray(file.read())
+    with kvmtool.open(real(KERNEL), real(MACHINE["crash"])) as kvm:
+        control = int.from_bytes(kvm.read(kvm.address("_ctl_head"), 8), "little")
+        name = kvm.read(control + 0x10, 96).split(b"\0")[0].decode()
+        assert kvm.read(block + 0x20, 8) == kvm.read(control + 0xB8, 8) == bytes(8)
+    for place, pointer in ((block + 0x20, control), (control + 0xB8, block)):
+        at = in_core(core, place)
+        core[at : at + 8] = pointer.to_bytes(8, "little")
+    (tmp_path / "core").write_bytes(core)
+    where = ("-N", real(KERNEL), "-M", str(tmp_path / "core"))
+    (row,) = net(*where, "--system")
+    assert name.startswith("com.apple.")
+    assert (row["proto"], row["local"], row["lists"]) == ("kctl", name, ["ctl_head", "descriptors"])
+    found = CliRunner().invoke(cli, ["files", *where, "--pid", "3", "-o", "name"])
+    assert f"[control {name}]" in found.stdout.splitlines()
+
+
+def in_core(core, address):
+    """Where an address lies in the file of an MH_CORE."""
+    (count,) = struct.unpack_from("<I", core, 16)
+    at = 32
+    for _ in range(count):
+        cmd, size = struct.unpack_from("<2I", core, at)
+        if cmd == 0x19:  # LC_SEGMENT_64
+            start, length, offset = struct.unpack_from("<3Q", core, at + 24)
+            if start <= address < start + length:
+                return offset + address - start
+        at += size
+    raise LookupError(f"{address:#x}")
+
+
 def sockaddrs(data, mask):
     """The sockaddrs of a routing message by their RTAX_ number, each on four bytes."""
     found, at = {}, 0

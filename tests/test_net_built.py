@@ -260,3 +260,45 @@ def test_pages_missing_at_random(name, tmp_path):
                 assert found.stderr
                 cut += 1
     assert cut > 0
+
+
+@pytest.mark.parametrize("name", ["10.5.8 i386", "10.13.6 x86_64"])
+def test_interfaces_and_routes_with_each_page_missing(name, tmp_path):
+    """What is on other pages is as before, what is on this one is marked."""
+    machine = built(name, lambda ground: network.Network(ground).plant())
+    page = machine.memory.page
+    where = written(tmp_path, machine)
+    whole_answers = {
+        option: ask(where, "net", option)[0] for option in ("--interfaces", "--routes")
+    }
+    first = min(machine.truth["ifnets"]) & -page
+    last = max(machine.truth["rtentries"]) & -page
+    tables = machine.address("_rt_tables") & -page
+    marked = 0
+    for gone in (*range(first, last + page, page), tables):
+        where = (*written(tmp_path, machine, machine.dump(without=[gone])), "--layout", name)
+        for option, everything in whole_answers.items():
+            found = CliRunner().invoke(cli, ["net", option, *where, "--format", "json"])
+            assert found.exit_code in (0, 3), found.output
+            table = CliRunner().invoke(cli, ["net", option, *where])
+            assert table.exit_code == found.exit_code
+            rows = json.loads(found.stdout)
+            if found.exit_code == 0:
+                assert [row["address"] for row in rows] == [r["address"] for r in everything]
+            else:
+                assert found.stderr
+            known = {row["address"]: row for row in everything}
+            for row in rows:
+                for field, value in row.items():
+                    if "unreadable" in json.dumps(value):
+                        marked += 1
+                    elif field != "addresses" and row["address"] in known:
+                        assert named(value, known[row["address"]][field])
+    assert marked > 10
+
+
+def named(value, whole_value):
+    """The same, but for the interface of an address, which stands as a number without a name."""
+    if isinstance(value, str) and isinstance(whole_value, str):
+        return value.partition("%")[0] == whole_value.partition("%")[0]
+    return value in (whole_value, None)

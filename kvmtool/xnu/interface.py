@@ -6,7 +6,9 @@ bsd/netinet/in_var.h, bsd/netinet6/in6_var.h, xnu-1228..11417.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvmtool.errors import FaultError, NotFoundError
@@ -150,6 +152,11 @@ class InterfaceReader:
                 mac = one.address
         return Interface(address, name, mac=mac, addresses=addresses, **raw)
 
+    def name(self, address: int) -> Any:
+        """The name of the interface at `address`: lo0."""
+        raw = self._ifnet.read(address)
+        return self._name(raw["if_name"], raw["unit"])
+
     def _name(self, pointer: Any, unit: Any) -> Any:
         for value in (pointer, unit):
             if isinstance(value, Unreadable):
@@ -227,26 +234,33 @@ class InterfaceNames:
     def __init__(self, target: Target) -> None:
         """Reads nothing."""
         self._target = target
-        self._names: dict[int, str] | None = None
+        self._indexed: dict[int, str] | None = None
+        self._named: dict[int, Any] = {}
 
-    def _known(self) -> dict[int, str]:
-        if self._names is None:
-            self._names = {}
-            try:
-                for found in interfaces(self._target):
-                    for key in (found.index, found.address):
-                        if isinstance(key, int) and isinstance(found.name, str):
-                            self._names[key] = found.name
-            except NotFoundError:
-                pass  # numbers stand for names
-        return self._names
+    @cached_property
+    def _reader(self) -> InterfaceReader | None:
+        try:
+            return InterfaceReader(self._target)
+        except NotFoundError:
+            return None  # numbers stand for names
 
     def by_index(self, index: int) -> str:
         """The name, or the number where it is not known."""
-        return self._known().get(index, str(index))
+        if self._indexed is None:
+            self._indexed = {}
+            if self._reader is not None:
+                with suppress(NotFoundError):
+                    for found in interfaces(self._target):
+                        if isinstance(found.index, int) and isinstance(found.name, str):
+                            self._indexed[found.index] = found.name
+        return self._indexed.get(index, str(index))
 
     def by_address(self, ifnet: Any) -> Any:
-        """The name of the struct ifnet at an address; its address where it is not known."""
+        """The name of the struct ifnet at an address; its address where types do not know it."""
         if not isinstance(ifnet, int) or not ifnet:
             return ifnet or None
-        return self._known().get(ifnet, f"{ifnet:#x}")
+        if self._reader is None:
+            return f"{ifnet:#x}"
+        if ifnet not in self._named:
+            self._named[ifnet] = self._reader.name(ifnet)
+        return self._named[ifnet]
