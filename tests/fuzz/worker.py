@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 PATIENCE = 4.0  # times the seconds of an input, while its code is traced
 ADDRESS_SPACE = 6 << 30
 _LONGEST = 60  # seconds until one input is given up
+UNGUIDED = ("commands",)  # traced they do one input a second, and some thirty without
 _PACKED = ("fuse",)  # modules that need what may not be here
 
 
@@ -75,12 +76,21 @@ def main(name: str, seconds: str, folder: str) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     os.environ["KVMTOOL_CACHE"] = ""
     warnings.simplefilter("ignore")
-    try:
-        atheris: Any = importlib.import_module("atheris")
-    except ImportError:
+    atheris = _atheris(name)
+    if atheris is None:
         _blind(name, float(seconds), folder)
-        return
-    _guided(atheris, name, seconds, folder)
+    else:
+        _guided(atheris, name, seconds, folder)
+
+
+def _atheris(name: str) -> Any:
+    """The module; None where it is not, or is not wanted."""
+    if name in UNGUIDED:
+        return None
+    try:
+        return importlib.import_module("atheris")
+    except ImportError:
+        return None
 
 
 def _seeds(name: str) -> list[bytes]:
