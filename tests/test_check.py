@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import struct
 import time
@@ -18,10 +19,12 @@ import pytest
 from click.testing import CliRunner
 
 import kvmtool
-from kvmtool.check import CHECKS
+from kvmtool.check import CHECKS, check
 from kvmtool.checks import detour
 from kvmtool.cli import cli
+from kvmtool.errors import FaultError
 from kvmtool.macho import MachO
+from kvmtool.memory import Piece
 from kvmtool.sample import write
 from kvmtool.source import FileSource
 from tests.builders import chains
@@ -200,6 +203,17 @@ def test_a_vector_of_vnode_operations_that_nobody_registered(crash, symbols):
     assert "no registered file system's" in row["evidence"]
     rest = [row for row in found if row["kind"] != "other"]
     assert all(row["where"].startswith(f"vector at {inside:#x}: ") for row in rest)
+    with kvmtool.open(real(KERNEL), real("machine/crash.kdp-core")) as kvm:
+        types = kvm.types
+        nfs = symbols["_vfstbllist"] + types.size("vfstable")  # as if a kext had brought it
+        start, size = (types.offset("vfstable", f"vfc_desc{name}") for name in ("ptr", "size"))
+        operations = kvm.nearest_target().integer(symbols["_vfs_opv_numops"])
+    crash.pointer(nfs + start, inside)
+    crash.write(nfs + size, struct.pack("<i", operations * 8))
+    found = checked(real(KERNEL), crash.path, "--only", "filesystems").rows
+    assert [row["where"] for row in found] == [
+        row["where"].replace(f"vector at {inside:#x}", "nfs vector 0") for row in rest
+    ]
 
 
 LAYOUT = ("--layout", "10.9.5 x86_64")  # instead of the CTF that this kernel has with it
@@ -606,6 +620,68 @@ def test_probes_and_breakpoints_of_arm64():
     assert detour.is_breakpoint("arm64", stop)
     assert not detour.is_breakpoint("arm64", nop)
     assert not detour.is_breakpoint("ppc", stop)
+
+
+class Holes:
+    """A memory some pages of which are not there."""
+
+    space = "kernel"
+
+    def __init__(self, memory, pages):
+        self._memory, self._pages = memory, pages
+
+    def check(self, address, size):
+        for page in range(address & ~0xFFF, address + size, 0x1000):
+            if page in self._pages:
+                raise FaultError("kernel", max(page, address), size, "absent")
+        self._memory.check(address, size)
+
+    def read(self, address, size):
+        self.check(address, size)
+        return self._memory.read(address, size)
+
+    def read_pieces(self, address, size):
+        at, end = address, address + size
+        while at < end:
+            stop = min((at & ~0xFFF) + 0x1000, end)
+            if at & ~0xFFF in self._pages:
+                yield Piece(at, stop - at, None, "absent")
+            else:
+                yield from self._memory.read_pieces(at, stop - at)
+            at = stop
+
+    def regions(self):
+        return self._memory.regions()
+
+    def __len__(self):
+        return len(self._memory)
+
+
+@pytest.mark.filterwarnings("ignore::kvmtool.errors.KvmWarning")
+@pytest.mark.parametrize("seed", range(10))
+def test_pages_that_are_not_there_accuse_nobody(seed):
+    """Of the kernel's data and its heap one page in twenty is lost, at random."""
+    chosen = random.Random(seed)
+    with kvmtool.open(real(KERNEL), real("machine/crash.kdp-core")) as kvm:
+        data = kvm.kernel.segment("__DATA").vmaddr
+        heap_end = 0xFFFFFF8003000000
+        pages = {page for page in range(data, heap_end, 0x1000) if chosen.random() < 0.05}
+        kvm.__dict__["memory"] = Holes(kvm.memory, pages)
+        made = {outcome.name: outcome for outcome in check(kvm)}
+    assert list(made) == list(CHECKS)
+    assert any(outcome.incomplete for outcome in made.values())
+    accused = [f for outcome in made.values() for f in outcome.findings if f.severity == "high"]
+    assert not accused
+
+
+def test_the_article_is_clean(tmp_path):
+    """Its kernel's sections do not say what they hold: its executable segments count."""
+    files = {os.path.basename(path): path for path in write(str(tmp_path))}
+    found = checked(files["mach_kernel"], files["core"], "--all")
+    assert found.code == 0
+    (driver,) = found.rows
+    assert (driver["where"], driver["expected"]) == ("cdevsw[11]", f"kext {ARTICLE}")
+    assert "756 pages of code" in found.said
 
 
 @pytest.mark.parametrize("name", ["cyclic", "missing-page", "truncated", "truncated-early"])

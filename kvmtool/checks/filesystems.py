@@ -45,8 +45,7 @@ def filesystems(case: Case, outcome: Outcome) -> None:
 def _vfsops(
     case: Case, outcome: Outcome, owners: dict[int, tuple[str, Collection[str] | None]]
 ) -> bool:
-    """Judge each vfsops, add the vectors of kexts to `owners`; whether those are all known."""
-    complete = case.target.types.has("vfstable", "vfc_descptr")
+    """Judge each vfsops, add the vectors of kexts to `owners`; whether those are all there are."""
     for system in known.file_systems(case.target, outcome.report):
         if isinstance(system.vfsops, Unreadable):
             outcome.cannot_read("vfsops", system.vfsops.reason)
@@ -57,7 +56,7 @@ def _vfsops(
             case.pointer(outcome, "vfsops", f"{system.name}: {name}", at, pointer, allowed)
         for number, vector in enumerate(system.vectors):
             owners[vector] = f"{system.name} vector {number}", allowed
-    return complete
+    return case.target.types.has("vfstable", "vfc_descptr") and not outcome.incomplete
 
 
 def _unregistered(

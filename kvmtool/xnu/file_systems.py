@@ -83,7 +83,8 @@ def operation_names(target: Target) -> list[str]:
 def vectors(target: Target, report: Report | None = None) -> Iterator[Vector]:
     """The vectors of the file systems that are linked into the kernel; those not made yet are left.
 
-    Raises `NotFoundError` for a kernel without vfs_opv_descs.
+    What could not be read goes into `report`. Raises `NotFoundError` for a kernel without
+    vfs_opv_descs.
     """
     report = report if report is not None else Report()
     table, size = _symbol(target, "_vfs_opv_descs"), target.arch.pointer_size
@@ -95,8 +96,12 @@ def vectors(target: Target, report: Report | None = None) -> Iterator[Vector]:
             variable = target.pointer(description)  # opv_desc_vector_p comes first
             vector = target.pointer(variable)
         except FaultError as fault:
-            report.stop("vfs_opv_descs", number, f"{fault.reason} at {fault.address:#x}")
-            return
+            text = f"{fault.reason} at {fault.address:#x}"
+            if fault.address == table + number * size:  # where the table ends is not known then
+                report.stop("vfs_opv_descs", number, text)
+                return
+            report.stops.append(f"vfs_opv_descs[{number}] cannot be read: {text}")
+            continue
         if vector:
             yield Vector(vector, variable)
     report.stop("vfs_opv_descs", _VECTORS, f"more than {_VECTORS} entries")

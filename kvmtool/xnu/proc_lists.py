@@ -40,8 +40,11 @@ class Census:
         torn = len(report.stops) > stops
         self._zombies.update(a for a, lists in self._lists.items() if "zombproc" in lists)
         main = set(self._lists)
-        elsewhere = (("tasks", self._by_task()), ("pidhash", self._by_hash()))
-        self._walked = [name for name, found in elsewhere if self._add(name, found)]
+        self._walked: list[str] = []  # to their ends: what these lack is missing there
+        for name, found in (("tasks", self._by_task()), ("pidhash", self._by_hash())):
+            stops, self._lost = len(report.stops), False
+            if self._add(name, found) and len(report.stops) == stops and not self._lost:
+                self._walked.append(name)
         if torn:
             self._add("kernproc", self._kernproc())
             self._add("links", self._linked())
@@ -83,6 +86,8 @@ class Census:
             proc = self._reader.tasks.proc_of(task)
             if proc is not None and self._real(proc):
                 yield proc
+            elif proc is None and self._reader.tasks.lost(task):
+                self._lost = True
 
     def _by_hash(self) -> Iterator[int]:
         """The chains of the pid hash, in the form this kernel has."""

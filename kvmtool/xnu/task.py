@@ -88,6 +88,11 @@ class TaskReader:
         has_proc = isinstance(flags, int) and flags & TF_HASPROC
         return task - self.computed if has_proc else None
 
+    def lost(self, task: int) -> bool:
+        """Whether it cannot be read whose task it is."""
+        member = "bsd_info" if self.computed is None else "flags"
+        return isinstance(self._task.read(task)[member], Unreadable)
+
     def state(self, task: Any) -> tuple[Any, Any]:
         """(state letter of ps, number of threads) of the task at `task`."""
         if task is None or isinstance(task, Unreadable):
