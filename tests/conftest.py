@@ -5,9 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+# Nothing is judged by the clock: a machine that is busy with something else is slow, not wrong.
+settings.register_profile("kvmtool", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("kvmtool")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -343,7 +343,9 @@ def test_agrees_with_whole_type_descriptions(dump, name):
         known = json.load(packed)["user_types"]
     types = layouts.table(name)
     compared = 0
-    for tag in set(types.structs()) & set(known):
+    # those of types/fixed.py have only the members they always had: tests/test_fixed_types.py
+    measured = set(types.structs()) - set(FixedTypes(types.source.pointer_size).names("tag"))
+    for tag in measured & set(known):
         found = types.struct(tag)
         assert found.size == known[tag]["size"], tag
         for field, about in known[tag]["fields"].items():
