@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from tests.machine.running import Answer
     from tests.machine.vm import Vm
 
-# of no kernel's memory: a sample, a list of files, a server (mounted.py has it), a line to type
-ELSEWHERE = {"demo", "kernels", "mount", "dd"}
+# of no kernel's memory: a sample, a list of files, a server (mounted.py has it), a line to type, words
+# for a shell, what is installed
+ELSEWHERE = {"demo", "kernels", "mount", "dd", "completion", "doctor"}
 JSON = ("--format", "json")
 # the modes of fg_flag in lsof's letters
 _MODES = (None, "r", "w", "u")
@@ -43,6 +44,7 @@ _ARGUMENTS: dict[str, tuple[str, ...]] = {
     "search": ("but it has its structures",),
     "symbol": ("_version",),
     "type": ("proc",),
+    "vmmap": ("202",),
     "vtop": ("_version",),
     "walk": ("allproc", "--container", "proc", "--next", "p_list", "-o", "p_pid"),
 }
