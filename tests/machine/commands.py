@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from tests.machine.running import Answer
     from tests.machine.vm import Vm
 
-# of no kernel's memory: a sample, a list of files, a server (mounted.py has it), a line to type, words
-# for a shell, what is installed
+# of no kernel's memory: a sample, a list of files, a server (mounted.py has it), a line to type,
+# words for a shell, what is installed
 ELSEWHERE = {"demo", "kernels", "mount", "dd", "completion", "doctor"}
 JSON = ("--format", "json")
 # the modes of fg_flag in lsof's letters
