@@ -163,9 +163,14 @@ def test_only_what_is_asked_for():
     parts = [net(*where, f"--{kind}") for kind in ("tcp", "udp", "raw", "unix", "system")]
     assert [row for part in parts for row in part] == everything
     assert net(*where, "--tcp", "--system") == parts[0] + parts[4]
-    wrong = CliRunner().invoke(cli, ["net", *where, "--routes", "--interfaces"])
-    assert wrong.exit_code == 2
-    assert "choose one" in wrong.stderr
+    for options, said in (
+        (("--routes", "--interfaces"), "choose one"),
+        (("--routes", "--tcp"), "list no sockets"),
+        (("--interfaces", "--listening"), "list no sockets"),
+    ):
+        wrong = CliRunner().invoke(cli, ["net", *where, *options])
+        assert wrong.exit_code == 2
+        assert said in wrong.stderr
 
 
 @pytest.mark.parametrize("name", MACHINE)

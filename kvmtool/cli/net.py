@@ -208,8 +208,12 @@ def net(
 ) -> None:
     """List all connections and local sockets with the process that owns each, as netstat does.
 
-    Sockets are found by the kernel's lists and by the descriptors of processes; --interfaces lists
-    what ifconfig -a does, --routes what netstat -rn does. Options that say "only" add up.
+    Sockets are found by the kernel's lists and by the descriptors of processes; where symbols do not
+    say where local ones are chained (10.11 on), those are listed that descriptors lead to. Options
+    that say "only" add up.
+
+    --interfaces lists what ifconfig -a does, --routes what netstat -rn does. Both need the kernel's
+    own types (--types) before 10.5 and after 10.13.
 
     \b
     Example:
@@ -218,8 +222,11 @@ def net(
     """
     from kvmtool.xnu.queues import Report
 
+    kinds = {name for name, wanted in only.items() if wanted}
     if interfaces and routes:
         raise click.UsageError("--interfaces and --routes are two different lists: choose one")
+    if (interfaces or routes) and (kinds or listening):
+        raise click.UsageError("--interfaces and --routes list no sockets to choose from")
     kvm, report = opened(where), Report()
     if interfaces:
         from kvmtool.xnu.interface import interfaces as walk
@@ -232,5 +239,4 @@ def net(
         found = map(route_row, walk_routes(kvm.verified_target(), report))
         ROUTES.show(found, columns, format, report)
     else:
-        kinds = {name for name, wanted in only.items() if wanted}
         LISTING.show(_connections(kvm, kinds, listening, report), columns, format, report)
