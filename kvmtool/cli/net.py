@@ -208,9 +208,9 @@ def net(
 ) -> None:
     """List all connections and local sockets with the process that owns each, as netstat does.
 
-    Sockets are found by the kernel's lists and by the descriptors of processes; where symbols do not
-    say where local ones are chained (10.11 on), those are listed that descriptors lead to. Options
-    that say "only" add up.
+    Sockets are found by the kernel's lists and by the descriptors of processes; where symbols do
+    not say where local ones are chained (10.11 on), those are listed that descriptors lead to.
+    Options that say "only" add up.
 
     --interfaces lists what ifconfig -a does, --routes what netstat -rn does. Both need the kernel's
     own types (--types) before 10.5 and after 10.13.
