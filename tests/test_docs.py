@@ -9,6 +9,7 @@ lines, `...` inside a line for any text. A comment before a block says what is s
     <!-- needs data FILE... -->    files of ../shared/data, by their names there without .xz
     <!-- needs program jq -->
     <!-- needs stub -->            the machine sample behind a gdb stub at localhost:1234
+    <!-- needs vmware -->          the same suspended: machine.vmss, machine.vmem
     <!-- needs a Mac -->           never run here
     <!-- exits 3 -->               the exit status of the block's last command; 0 otherwise
 """
@@ -30,7 +31,7 @@ import pytest
 from kvmtool import sample
 from kvmtool.formats.lime import Lime
 from kvmtool.source import FileSource
-from tests.builders import gdbserver
+from tests.builders import gdbserver, vmware
 from tests.builders.gdbserver import Stub
 from tests.inputs import DATA, ROOT, real
 
@@ -111,7 +112,7 @@ def missing(block: Block) -> str | None:
         if what == "fuse":
             here = os.access("/dev/fuse", os.R_OK | os.W_OK) and shutil.which("fusermount3")
             here = here and importlib.util.find_spec("mfusepy") is not None
-        elif what == "stub":
+        elif what in ("stub", "vmware"):
             here = True
         elif what == "program":
             here = shutil.which(rest) is not None
@@ -139,20 +140,38 @@ def unpack(block: Block, folder: str) -> None:
                 os.symlink(real(name), link)
 
 
+def machine_memory(folder: str) -> tuple[list[tuple[int, bytes]], int]:
+    """The machine sample: its memory as (address, bytes), and its page table's root."""
+    paths = {os.path.basename(path): path for path in sample.write(folder, "machine")}
+    with open(paths["serial.jsonl"]) as lines:
+        root = int(json.loads(next(lines))["root"], 16)
+    with contextlib.closing(FileSource(paths["memory.lime"])) as source:
+        return [(r.address, source.read_at(r.offset, r.size)) for r in Lime(source).runs()], root
+
+
 @contextlib.contextmanager
 def stub(blocks: list[Block], folder: str) -> Iterator[str]:
     """Where the machine sample answers as one halted under QEMU does, if a block needs that."""
     if not any("stub" in block.needs for block in blocks):
         yield STUB
         return
-    paths = {os.path.basename(path): path for path in sample.write(f"{folder}/.stub", "machine")}
-    with open(paths["serial.jsonl"]) as lines:
-        root = int(json.loads(next(lines))["root"], 16)
-    with contextlib.closing(FileSource(paths["memory.lime"])) as source:
-        memory = [(r.address, source.read_at(r.offset, r.size)) for r in Lime(source).runs()]
+    memory, root = machine_memory(f"{folder}/.stub")
     registers = gdbserver.registers(cr0=0x80000011, cr3=root, cr4=0x20, efer=0xD01)
     with Stub(physical=memory, registers=registers, monitor=RAM) as served:
         yield served.url
+
+
+def suspend(folder: str) -> None:
+    """machine.vmss and machine.vmem, as VMware leaves a suspended machine."""
+    memory, root = machine_memory(f"{folder}/.vmware")
+    regions, page = [], 0
+    with open(f"{folder}/machine.vmem", "wb") as out:
+        for address, data in memory:
+            regions.append((address >> 12, page, len(data) >> 12))
+            page += out.write(data) >> 12
+    groups = {"memory": vmware.regions(*regions), "cpu": [vmware.number("CR", root, 0, 3)]}
+    with open(f"{folder}/machine.vmss", "wb") as out:
+        out.write(vmware.state(groups))
 
 
 def script(blocks: list[Block]) -> str:
@@ -171,6 +190,8 @@ def run_page(page: str, folder: str) -> dict[str, tuple[str, int]]:
     blocks = [block for block in RUN if block.page == page and missing(block) is None]
     for block in blocks:
         unpack(block, folder)
+    if any("vmware" in block.needs for block in blocks):
+        suspend(folder)
     home = os.path.join(folder, ".home")
     os.mkdir(home)
     env = {
