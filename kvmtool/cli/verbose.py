@@ -34,7 +34,9 @@ def explain(kvm: Kvm, where: Where) -> None:
 
 
 def explain_cache(kind: str, found: bool) -> None:
-    """Say that the cache was asked."""
+    """Say that the cache was asked; what a shell may complete is no fact about a kernel."""
+    if kind == "words":
+        return
     what = next((text for name, text in _CACHES.items() if kind.startswith(name)), kind)
     say(f"cache: {what}: {'used' if found else 'not there yet'}")
 

@@ -9,11 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from bisect import bisect_left
-from itertools import takewhile
 from typing import TYPE_CHECKING
-
-from kvmtool import cache
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -36,6 +32,8 @@ def remember(what: str, where: Where, words: Callable[[], Iterable[tuple[str, st
 
     It is asked only if they are not kept yet: files are known by path, size and time of change.
     """
+    from kvmtool import cache
+
     if cache.directory() is None:
         return
     key = _key(what, where.kernel, where.core)
@@ -89,6 +87,9 @@ def complete_formats(ctx: click.Context, param: click.Parameter, incomplete: str
 
 def matching(words: list[str], start: str) -> list[str]:
     """Those of the sorted `words` that begin with `start`; of too many, how they go on."""
+    from bisect import bisect_left
+    from itertools import takewhile
+
     first = bisect_left(words, start)
     last = bisect_left(words, f"{start}\U0010ffff")
     found = words[first:last]
@@ -108,6 +109,8 @@ def _offered(what: str, ctx: click.Context, start: str) -> list[CompletionItem]:
 
 def _known(what: str, ctx: click.Context) -> list[str]:
     """The words of the kernel that is named so far; where none is, those listed last."""
+    from kvmtool import cache
+
     kernel, core = _named(ctx, "kernel"), _named(ctx, "core") or _named(ctx, "core_file")
     if kernel or core:
         key = _key(what, kernel, core)
