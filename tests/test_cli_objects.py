@@ -55,7 +55,10 @@ def test_an_address_that_is_not_c_shows_where(article):
     assert result.stderr == "kvmtool: expected ']', got the end\n  cdevsw[11\n           ^\n"
     result = run(article, "read", "1 + nonesuch->x", "4")
     assert result.exit_code == 1
-    assert result.stderr == "kvmtool: symbol nonesuch not found; kvmtool symbols lists them\n  1 + nonesuch->x\n      ^\n"
+    assert result.stderr == (
+        "kvmtool: symbol nonesuch not found; kvmtool symbols lists them\n"
+        "  1 + nonesuch->x\n      ^\n"
+    )
 
 
 def answer(files, *arguments, status=0):
