@@ -23,8 +23,6 @@ source_suffix = {".md": "markdown"}
 exclude_patterns = ["conf.py"]
 
 myst_heading_anchors = 3  # `page.md#heading` works as it does where Markdown is shown
-suppress_warnings = ["toc.empty_glob"]  # docs/benchmarks.md is there once `make bench` ran
-
 default_role = "literal"  # `name` in a docstring is code
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
