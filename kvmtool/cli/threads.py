@@ -95,7 +95,7 @@ def threads(where: Where, pid: int | None, columns: tuple[str, ...], format: str
     """List the threads, or those of the process PID: what each waits for, and where it goes on.
 
     CPU is the one it was running on. Times are nanoseconds in json, up to when the thread last left
-    its CPU; from macOS 13 on the kernel counts them in another way, and none are shown.
+    its CPU.
 
     \b
     Example:

@@ -14,6 +14,7 @@ from kvmtool.unreadable import Unreadable
 from kvmtool.xnu.proc import MAXCOMLEN, text_of
 from kvmtool.xnu.processor import NANOSECOND, abstime_hz, running_on
 from kvmtool.xnu.queues import Difference, Report, walk_queue
+from kvmtool.xnu.recount import Recount
 from kvmtool.xnu.task import TaskReader, letter
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ class ThreadReader:
         )
         self._owners: dict[int, _Owner] = {}
         self._hz = abstime_hz(target)
+        self._recount = Recount(target)
         self.cpus = running_on(target)
 
     def read(self, address: int) -> Thread:
@@ -140,6 +142,7 @@ class ThreadReader:
         owner = self.owner(task)
         active = raw["active"]
         name, wmesg = self._texts(address, raw["uthread"])
+        user, system = self._times(raw)
         return Thread(
             address=address,
             task=task,
@@ -147,8 +150,8 @@ class ThreadReader:
             command=owner.command,
             name=name,
             wmesg=wmesg,
-            user_time=self._time(raw, "user"),
-            system_time=self._time(raw, "system"),
+            user_time=user,
+            system_time=system,
             active=active if not isinstance(active, int) else bool(active >> self._active_bit & 1),
             cpu=self.cpus.get(address),
             **{name: raw[name] for name in _PLAIN},
@@ -189,14 +192,26 @@ class ThreadReader:
         except FaultError as fault:
             return Unreadable(f"{fault.reason} at {fault.address:#x}")
 
-    def _time(self, raw: dict[str, Any], mode: str) -> Any:
-        low, high = raw[f"{mode}_low"], raw[f"{mode}_high"]
-        if low is None or self._hz is None:
-            return None
-        for part in (low, high):
-            if isinstance(part, Unreadable):
-                return part
-        return (low | (high or 0) << 32) * NANOSECOND // self._hz
+    def _times(self, raw: dict[str, Any]) -> tuple[Any, Any]:
+        """User and system time in nanoseconds."""
+        if raw["recount"] is not None:
+            user, system = self._recount.thread(raw["recount"])
+        else:
+            user, system = _ticks(raw, "user"), _ticks(raw, "system")
+        return self._nanoseconds(user), self._nanoseconds(system)
+
+    def _nanoseconds(self, ticks: Any) -> Any:
+        if not isinstance(ticks, int):
+            return ticks
+        return None if self._hz is None else ticks * NANOSECOND // self._hz
+
+
+def _ticks(raw: dict[str, Any], mode: str) -> Any:
+    low, high = raw[f"{mode}_low"], raw[f"{mode}_high"]
+    for part in (low, high):
+        if isinstance(part, Unreadable):
+            return part
+    return None if low is None else low | (high or 0) << 32
 
 
 def threads(
@@ -274,6 +289,7 @@ def _fields(target: Target) -> dict[str, tuple[int | None, str]]:
             "continuation": ("continuation",),
             "kernel_stack": ("kernel_stack",),
             "kstackptr": ("machine.kstackptr",),
+            "recount": ("th_recount.rth_lifetime",),  # xnu-8792 (13.0) on
         }.items()
     }
     # event64_t: 64 bits on every machine
@@ -301,10 +317,7 @@ def _fields(target: Target) -> dict[str, tuple[int | None, str]]:
 
 
 def _timer(target: Target, member: str) -> tuple[int | None, int | None]:
-    """Where a thread's timer keeps its value: all of it, or its halves. None from macOS 13 on.
-
-    Since then times are counted by kind of core (osfmk/kern/recount.h).
-    """
+    """Where a thread's timer keeps its value: all of it, or its halves. None from macOS 13 on."""
     types = target.types
     start = offset_of(types, "thread", member)
     if start is None:

@@ -2,8 +2,7 @@
 
 Source: osfmk/kern/task.h, thread.h, timer.h, bsd/kern/bsd_stubs.c, osfmk/kern/task.c
 (task_info, TASK_BASIC_INFO), xnu-792..11417. Up to macOS 12 a task keeps the time of its ended
-threads, and each thread its own; from 13 on both are in recount structures that only the kernel's
-own types describe.
+threads, and each thread its own; from 13 on a task keeps the time of all (recount.py).
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from kvmtool.target import Record, offset_of
 from kvmtool.unreadable import Unreadable
 from kvmtool.xnu.processor import abstime_hz
 from kvmtool.xnu.queues import Report, walk_queue
+from kvmtool.xnu.recount import Recount
 
 if TYPE_CHECKING:
     from kvmtool.target import Target
@@ -59,6 +59,7 @@ class UsageReader:
         resident = offset_of(types, "pmap", "stats.resident_count", "stats")
         self._pmap = Record(target, {"resident": (resident, "I")})
         self._hz = abstime_hz(target)
+        self._recount = Recount(target)
 
     def read(self, proc: Proc) -> Usage:
         """The usage of one process; a zombie uses nothing. Never raises `FaultError`."""
@@ -84,17 +85,21 @@ class UsageReader:
         """Time of ended threads and of living ones; the event the first waiting one waits for."""
         report = Report()
         times: dict[str, Any] = {name: fields[name] for name in ("user", "system")}
+        by_thread = fields["recount"] is None
+        if not by_thread:
+            times["user"], times["system"] = self._recount.task(fields["recount"])
         event: Any = None
         head = task + self._threads
         for thread in walk_queue(self._target, head, self._link, "threads", report, _THREADS):
             raw = self._thread.read(thread)
-            for name in times:
+            for name in times if by_thread else ():
                 times[name] = _added(times[name], _timer(raw, name))
             if event is None and raw["event"]:
                 event = raw["event"]
         if report.stops:
             torn = Unreadable(report.stops[0])
-            return _added(times["user"], torn), _added(times["system"], torn), event or torn
+            event = event or torn
+            times = {n: _added(time, torn) for n, time in times.items()} if by_thread else times
         return self._nanoseconds(times["user"]), self._nanoseconds(times["system"]), event
 
     def _nanoseconds(self, ticks: Any) -> Any:
@@ -121,6 +126,7 @@ _TASK = {
     "user": ("Q", "total_user_time"),
     "system": ("Q", "total_system_time"),
     "map": ("P", "map"),
+    "recount": ("P", "tk_recount.rtk_lifetime"),
 }
 
 

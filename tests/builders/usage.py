@@ -1,6 +1,6 @@
 """What processes use: times, the executable's vnode, signing flags, what threads wait for.
 
-After osfmk/kern/{task,thread,timer}.h and bsd/sys/proc_internal.h, proc_ro.h.
+After osfmk/kern/{task,thread,timer,recount}.h and bsd/sys/proc_internal.h, proc_ro.h.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tests.builders.ground import Ground
 
 CS_VALID, CS_SIGNED = 0x1, 0x20000000
+CPUS = 3
 CHANNELS = ("_hz", "_lbolt", "_vm_page_free_wanted")
 
 
@@ -29,6 +30,10 @@ class Usage:
 
     def plant(self) -> dict[str, Any]:
         """For every process; the truth by pid."""
+        if self._ground.types.has("task", "tk_recount"):
+            self._ground.int_variable("_zpercpu_early_count", CPUS)
+            if self._ground.image.arch == "arm64":
+                self._ground.pointer_variable("_pcore_node", 0)
         channels = [self._ground.image.variable(name, 8) for name in CHANNELS]
         found = {}
         for spec in self._ground.processes.specs:
@@ -57,19 +62,45 @@ class Usage:
     def _times(self, pid: int) -> dict[str, Any]:
         """Of ended threads in the task, of each living one in its timers."""
         types, processes = self._ground.types, self._ground.processes
-        if not types.has("task", "total_user_time"):
-            return {"utime": None, "stime": None}
         user, system = (pid + 1) * 1_000_000_007, (pid + 2) * 5_000_000_123
         task = processes.tasks[pid]
-        task.u64("total_user_time", user)
-        task.u64("total_system_time", system)
+        by_cpu = types.has("task", "tk_recount")
+        if not by_cpu:
+            task.u64("total_user_time", user)
+            task.u64("total_system_time", system)
         for number, thread in enumerate(processes.threads[pid], 1):
             mine, kernels = number * 0x1_0000_0007, number * 0x2_0000_0003
-            self._timer(thread, "user_timer", mine)
-            self._timer(thread, "system_timer", kernels)
+            if by_cpu:
+                kinds = 2 if self._ground.image.arch == "arm64" else 1
+                tracks = self._tracks(mine, kernels, kinds)
+                record = Record(types, self._zone, "thread", thread)
+                record.ptr("th_recount.rth_lifetime", tracks)
+            else:
+                self._timer(thread, "user_timer", mine)
+                self._timer(thread, "system_timer", kernels)
             self._timers[thread] = {"user_time": mine, "system_time": kernels}
             user, system = user + mine, system + kernels
+        if by_cpu:
+            task.ptr("tk_recount.rtk_lifetime", self._tracks(user, system, CPUS))
         return {"utime": user, "stime": system}
+
+    def _tracks(self, user: int, system: int, count: int) -> int:
+        """`count` of struct recount_track that make up the times together."""
+        later = self._ground.types.has("thread", "th_recount.rth_interrupt_duration_mach")
+        energy = [0x4000] if self._ground.image.arch == "arm64" else []
+        data = b""
+        for number in range(count):
+            share = (user // count, system // count)
+            if number == 0:
+                share = (share[0] + user % count, share[1] + system % count)
+            if later:  # rt_pad, rt_sync; {time, instructions, cycles} of the kernel and of users
+                words = [share[1], 0x1000, 0x2000, share[0], 0x1001, 0x2001, *energy]
+                head = struct.pack("<2I", 0, 6)
+            else:
+                words, head = [*share, *energy], struct.pack("<2I", 6, 0)
+            data += head + struct.pack(f"<{len(words)}Q", *words)
+        guard = struct.pack("<2Q", (1 << 64) - 1, (1 << 64) - 1)
+        return self._ground.bytes(data + guard)
 
     def _timer(self, thread: int, member: str, value: int) -> None:
         """struct timer: {low, high, check, tstamp}, later tstamp first, later one 64-bit word."""
