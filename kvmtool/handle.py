@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from kvmtool.kexts import Kext
     from kvmtool.memory import Memory
     from kvmtool.xnu.args import Arguments
+    from kvmtool.xnu.call_tables import Places
     from kvmtool.xnu.kext import KextInfo
     from kvmtool.xnu.kinfo import KinfoProc
     from kvmtool.xnu.proc import Proc
     from kvmtool.xnu.queues import Report
+    from kvmtool.xnu.syscalls import Call
 
 
 __all__ = ["Kvm", "Parts"]
@@ -137,6 +139,24 @@ class Kvm(TypedHandle):
         from kvmtool.xnu.getprocs import getprocs
 
         return getprocs(self.verified_target(), op, arg, report)
+
+    def syscalls(self) -> Iterator[Call]:
+        """Every entry of sysent, of a kernel's file as well. See `xnu.syscalls.syscalls`."""
+        from kvmtool.xnu.syscalls import syscalls
+
+        return syscalls(self.built_target(), self.places())
+
+    def traps(self) -> Iterator[Call]:
+        """Every entry of mach_trap_table, of a kernel's file as well. See `xnu.syscalls.traps`."""
+        from kvmtool.xnu.syscalls import traps
+
+        return traps(self.built_target(), self.places())
+
+    def places(self) -> Places:
+        """Where the data of the kernel's image lies, and what tells code."""
+        from kvmtool.xnu.call_tables import Places
+
+        return Places(tuple(self.data_ranges()), lambda address: self.code_at(address).inside)
 
     def loadavg(self) -> tuple[float, float, float]:
         """The load averages over 1, 5 and 15 minutes. Raises `FaultError` or `NotFoundError`."""

@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from kvmtool.kext_file import LoadedKext
     from kvmtool.kexts import Code, Kext, Kexts, Located
     from kvmtool.macho import MachO, Segment
-    from kvmtool.memory import Memory
+    from kvmtool.memory import Memory, Region
     from kvmtool.peel import Layer
     from kvmtool.source import Source
     from kvmtool.symbols import Symbol, SymbolTable
     from kvmtool.type_files import Closable
     from kvmtool.way_in import Way
+
+_NOT_DATA = ("__LINKEDIT", "__KLD", "__PRELINK", "__PLK")  # freed once the kernel runs, or of kexts
 
 
 class Parts(NamedTuple):
@@ -214,12 +216,14 @@ class MemoryHandle:
         The slide would not do: the booter has slid the addresses in a header that is in memory.
         """
         kernel = self.kernel
-        if kernel is None:
-            return None
-        text = kernel.segment("__TEXT")
+        return None if kernel is None else kernel.segment_at(address - self._kernel_moved())
+
+    def _kernel_moved(self) -> int:
+        """How far the kernel's segments lie from where its header has them, in bytes."""
+        text = None if self.kernel is None else self.kernel.segment("__TEXT")
         if self.boot is None or text is None:
-            return kernel.segment_at(address - (self.kerndisp or 0))
-        return kernel.segment_at(address - (self.boot.kernel_address - text.vmaddr))
+            return self.kerndisp or 0
+        return self.boot.kernel_address - text.vmaddr
 
     def code_at(self, address: int) -> Code:
         """What a pointer to code leads to, stripped of its signature."""
@@ -237,6 +241,18 @@ class MemoryHandle:
             start = owner.address if owner is not None else address
             return Code(address, None, address - start, kext, inside)
         return Code(address, found.symbol.name, found.offset, kext, inside)
+
+    def data_ranges(self) -> list[Region]:
+        """Where the data of the kernel's image lies: its segments that hold no code, and stay."""
+        from kvmtool.macho import VM_PROT_EXECUTE
+        from kvmtool.memory import Region
+
+        return [
+            Region(segment.vmaddr + self._kernel_moved(), segment.vmsize)
+            for segment in (() if self.kernel is None else self.kernel.segments)
+            if segment.initprot and not segment.initprot & VM_PROT_EXECUTE
+            if not segment.segname.startswith(_NOT_DATA)
+        ]
 
     # the kernel's file
 

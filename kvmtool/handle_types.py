@@ -169,3 +169,18 @@ class TypedHandle(MemoryHandle):
         self._need_memory()
         fitting = [target for _, target, verdict in self.tried if verdict.fits is not False]
         return fitting[0] if fitting else self.tried[0][1]
+
+    def built_target(self) -> Target:
+        """As `nearest_target`; of a kernel's file what was built into it, before it ever ran.
+
+        For tables the linker made. Raises as `nearest_target`, but for a file alone.
+        """
+        from kvmtool.target import Target
+
+        if self.dump is not None or self.kernel is None:
+            return self.nearest_target()
+        text = self.kernel.segment("__TEXT")
+        address = text.vmaddr if text is not None else 0
+        return Target(
+            self.arch, self.memory, self.symbols, lambda: self.types, kernel_address=address
+        )

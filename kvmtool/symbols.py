@@ -135,6 +135,15 @@ class SymbolTable:
         symbol = self._slid(self._table.entry(indices[at]))
         return symbol, address - symbol.address
 
+    def extent(self, symbol: Symbol) -> int | None:
+        """The bytes from a symbol to the next one of another address; None for the last.
+
+        What a variable without padding takes. nlist knows no sizes.
+        """
+        addresses, _ = self._sorted()
+        at = bisect_right(addresses, symbol.address)
+        return addresses[at] - symbol.address if at < len(addresses) else None
+
     def _sorted(self) -> tuple[array[int], array[int]]:
         if self._by_address is None:
             pairs = [

@@ -89,3 +89,12 @@ def test_a_slid_kernel_without_its_file_has_its_own_text(tmp_path):
     kernel, core = real("machine/x86_64-xnu-2422.115.4.mach_kernel"), real("machine/kaslr.raw")
     assert not any(row["outside"] for row in rows("-M", core))
     assert rows("-M", core) == rows("-N", kernel, "-M", core)
+
+
+@pytest.mark.parametrize("kernel", ["arm64-xnu-4903.221.2", "arm64e-xnu-6153.11.26"])
+def test_the_switches_of_a_file_that_does_not_say_how_long_they_are(kernel):
+    """bsd/dev/arm/conf.c: 24 block devices, 43 character devices; _mmread reads major 3."""
+    found = rows("-N", real(f"kernels/{kernel}-release.macho"))
+    assert [len(of_kind(found, kind)) for kind in ("block", "character")] == [24, 43]
+    assert of_kind(found, "character")[3]["read"]["name"] == "_mmread"
+    assert not any(row["outside"] for row in found)

@@ -84,7 +84,8 @@ def row_of(kvm: Kvm, device: Device) -> dict[str, Any]:
 def devsw(where: Where, every: bool, columns: tuple[str, ...], format: str) -> None:
     """List the character and block device switches, and which driver owns each slot.
 
-    A function that lies in no known text is named under OUTSIDE TEXT.
+    A function that lies in no known text is named under OUTSIDE TEXT. Of a kernel's file the
+    switches are as they were built.
 
     \b
     Example:
@@ -94,6 +95,6 @@ def devsw(where: Where, every: bool, columns: tuple[str, ...], format: str) -> N
     from kvmtool.xnu.queues import Report
 
     kvm = opened(where)
-    rows = (row_of(kvm, device) for device in devices(kvm.nearest_target()))
+    rows = (row_of(kvm, device) for device in devices(kvm.built_target()))
     taken = (row for row in rows if every or row["driver"] is not None)
     LISTING.show(taken, columns, format, Report())

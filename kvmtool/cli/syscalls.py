@@ -55,24 +55,24 @@ def row_of(kvm: Kvm, call: Call) -> dict[str, Any]:
 def syscalls(where: Where, only: str | None, columns: tuple[str, ...], format: str) -> None:
     """List the system calls (sysent) and the Mach traps, each with the function that answers it.
 
-    From 10.11 on a kernel's symbols do not say where sysent is; the traps are still listed.
+    Of a kernel's file the tables as they were built. Where a table's symbol is stripped, as
+    sysent's is from 10.11 on, it is found by how many arguments its entries take.
 
     \b
     Example:
       kvmtool syscalls -N mach_kernel -M core --traps
     """
     from kvmtool.errors import NotFoundError
-    from kvmtool.xnu import syscalls as tables
     from kvmtool.xnu.queues import Report
 
     kvm = opened(where)
-    target, report = kvm.nearest_target(), Report()
+    report = Report()
     calls: list[Call] = []
-    wanted = {"syscall": tables.syscalls, "trap": tables.traps}
+    wanted = {"syscall": kvm.syscalls, "trap": kvm.traps}
     for name, walk in wanted.items():
         if only in (None, name):
             try:
-                calls += walk(target)
+                calls += walk()
             except NotFoundError as missing:
                 if only is not None:
                     raise

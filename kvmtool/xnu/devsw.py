@@ -57,12 +57,8 @@ def devices(target: Target) -> Iterator[Device]:
 def _switch(
     target: Target, kind: str, struct: str, length: str, names: tuple[str, ...]
 ) -> Iterator[Device]:
-    start, count = (_address(target, name) for name in (f"_{struct}", length))
-    slots = target.integer(count)
-    if not 0 <= slots <= _LIMIT:
-        what = f"{length} at {count:#x} is {slots}, expected at most {_LIMIT}"
-        raise FormatError(struct, None, what)
     types = target.types
+    start, slots = _slots(target, struct, length)
     fields: dict[str, tuple[int | None, str]] = {
         name: (offset_of(types, struct, f"d_{name}", _OLD_NAMES.get(name, "")), "P")
         for name in names
@@ -78,8 +74,21 @@ def _switch(
         yield Device(kind, major, slot, functions, raw["ttys"], raw["type"], places)
 
 
-def _address(target: Target, name: str) -> int:
-    found = target.symbols.get(name)
-    if found is None:
-        raise NotFoundError("symbol", name, hint=target.symbols.hint)
-    return found.address
+def _slots(target: Target, struct: str, length: str) -> tuple[int, int]:
+    """Where a switch starts, and how many slots it has.
+
+    A kernel optimised as a whole has no variable for the number: then the next symbol ends it.
+    """
+    start, count = (target.symbols.get(name) for name in (f"_{struct}", length))
+    if start is None:
+        raise NotFoundError("symbol", f"_{struct}", hint=target.symbols.hint)
+    if count is not None:
+        slots, where = target.integer(count.address), f"{length} at {count.address:#x}"
+    else:
+        extent, size = target.symbols.extent(start), target.types.size(struct)
+        if extent is None or extent % size:
+            raise NotFoundError("symbol", length, hint=target.symbols.hint)
+        slots, where = extent // size, f"the room for {start.name} at {start.address:#x}"
+    if not 0 <= slots <= _LIMIT:
+        raise FormatError(struct, None, f"{where} is {slots}, expected at most {_LIMIT}")
+    return start.address, slots

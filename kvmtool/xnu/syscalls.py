@@ -13,51 +13,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from kvmtool.errors import FaultError, FormatError, NotFoundError
 from kvmtool.target import Record
 from kvmtool.unreadable import Unreadable
+from kvmtool.xnu.call_tables import CALLS, LIMIT, MACH_TRAPS, SYSENT, TRAPS, length, search
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from kvmtool.target import Target
+    from kvmtool.xnu.call_tables import Known, Places, Shape
 
-_LIMIT = 1 << 12  # entries; macOS 15 has some 560 calls and 128 traps
 _SURE = 0.75  # the share of handlers that must be functions; a hooked table keeps most of its own
 _SAMPLE = 64
-
-
-class Shape(NamedTuple):
-    """How entries of a table lie: `size` bytes each, and the offset of each member."""
-
-    size: int
-    handler: int
-    munge: int | None
-    arguments: int
-    arguments_code: str
-
-
-_SYSENT: dict[int, tuple[Shape, ...]] = {
-    8: (
-        Shape(24, 0, 8, 20, "h"),  # xnu-3248 (10.11) on, with a munger
-        Shape(16, 0, None, 12, "h"),  # without one
-        Shape(32, 0, 8, 28, "h"),  # xnu-2422 (10.9)
-        Shape(40, 8, 16, 0, "h"),  # up to xnu-2050 (10.8)
-    ),
-    4: (Shape(24, 4, 8, 0, "h"), Shape(20, 4, 8, 0, "h")),  # xnu-1228 (10.5) on; 10.4
-}
-# Small shapes first: with twice its size a table seems to be one of functions, too.
-_TRAPS: dict[int, tuple[Shape, ...]] = {
-    8: (
-        Shape(16, 8, None, 0, "B"),  # xnu-1456 (10.6) to 2050 (10.8), and arm64
-        Shape(24, 8, 16, 0, "B"),
-        Shape(32, 8, 16, 0, "i"),  # xnu-2422 (10.9) on
-        Shape(40, 8, 16, 0, "i"),
-    ),
-    4: (
-        Shape(8, 4, None, 0, "i"),
-        Shape(12, 4, 8, 0, "i"),
-        Shape(16, 4, None, 0, "i"),  # xnu-1228 (10.5): mach_trap_stack instead of a munger
-        Shape(20, 4, 8, 0, "i"),
-    ),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,36 +44,47 @@ class Call:
     munge_at: int
 
 
-def syscalls(target: Target) -> Iterator[Call]:
-    """Every entry of sysent. Raises `NotFoundError`: its symbol is stripped from 10.11 on."""
-    yield from _table(target, "syscall", "_sysent", "_nsysent", _SYSENT)
+class _Table(NamedTuple):
+    """A table of calls: how it is told, its symbols, how its entries may lie."""
+
+    name: str
+    symbol: str
+    length: str
+    shapes: dict[int, tuple[Shape, ...]]
+    known: Known
 
 
-def traps(target: Target) -> Iterator[Call]:
-    """Every entry of mach_trap_table. Raises `NotFoundError`, `FormatError`, `FaultError`."""
-    yield from _table(target, "trap", "_mach_trap_table", "_mach_trap_count", _TRAPS)
+_SYSENT = _Table("syscall", "_sysent", "_nsysent", SYSENT, CALLS)
+_MACH_TRAPS = _Table("trap", "_mach_trap_table", "_mach_trap_count", MACH_TRAPS, TRAPS)
 
 
-def _table(
-    target: Target, table: str, symbol: str, length: str, shapes: dict[int, tuple[Shape, ...]]
-) -> Iterator[Call]:
-    start, count_at = (_address(target, name) for name in (symbol, length))
-    count = target.integer(count_at)
-    if not 0 < count <= _LIMIT:
-        what = f"{length} at {count_at:#x} is {count}, expected 1 to {_LIMIT}"
-        raise FormatError(symbol, None, what)
-    shape = _shape(target, symbol, start, count, shapes[target.arch.pointer_size])
+def syscalls(target: Target, places: Places | None = None) -> Iterator[Call]:
+    """Every entry of sysent.
+
+    Its symbol is stripped from 10.11 on: then the table is searched in `places`. Raises
+    `NotFoundError` when it is not there, `FormatError`, `FaultError`.
+    """
+    yield from _entries(target, _SYSENT, places)
+
+
+def traps(target: Target, places: Places | None = None) -> Iterator[Call]:
+    """Every entry of mach_trap_table, found and raising as `syscalls`."""
+    yield from _entries(target, _MACH_TRAPS, places)
+
+
+def _entries(target: Target, table: _Table, places: Places | None) -> Iterator[Call]:
+    start, shape, count = _found(target, table, places)
     fields: dict[str, tuple[int | None, str]] = {
         "handler": (shape.handler, "P"),
         "munge": (shape.munge, "P"),
         "arguments": (shape.arguments, shape.arguments_code),
     }
-    record, names = Record(target, fields), _Names(target, table, count)
+    record, names = Record(target, fields), _Names(target, table.name, count)
     for number in range(count):
         at = start + number * shape.size
         raw = record.read(at)
         yield Call(
-            table,
+            table.name,
             number,
             at,
             names[number],
@@ -118,6 +94,42 @@ def _table(
             at + shape.handler,
             at + (shape.munge or 0),
         )
+
+
+def _found(target: Target, table: _Table, places: Places | None) -> tuple[int, Shape, int]:
+    """Where the table starts, how its entries lie, how many there are."""
+    shapes = table.shapes[target.arch.pointer_size]
+    symbol = target.symbols.get(table.symbol)
+    if symbol is not None:
+        start = symbol.address
+        count = _count(target, table)
+        shape = _shape(target, table.symbol, start, count or _SAMPLE, shapes)
+    elif places is not None:
+        start, shape = search(target, places, table.symbol, shapes, table.known)
+        count = _count(target, table)
+    else:
+        raise _stripped(target, table.symbol)
+    if count is None and places is not None:
+        count = length(target, start, shape, places.is_code)
+    if not count:
+        raise _stripped(target, table.length)
+    return start, shape, count
+
+
+def _count(target: Target, table: _Table) -> int | None:
+    """How many entries the kernel says there are; None where it does not."""
+    found = target.symbols.get(table.length)
+    if found is None:
+        return None
+    count = target.integer(found.address)
+    if not 0 < count <= LIMIT:
+        what = f"{table.length} at {found.address:#x} is {count}, expected 1 to {LIMIT}"
+        raise FormatError(table.symbol, None, what)
+    return count
+
+
+def _stripped(target: Target, name: str) -> NotFoundError:
+    return NotFoundError("symbol", name, hint=target.symbols.hint or "it may be stripped")
 
 
 def _shape(target: Target, symbol: str, start: int, count: int, shapes: Sequence[Shape]) -> Shape:
@@ -165,10 +177,3 @@ class _Names:
             return self._target.text(at, 128) if at else None
         except FaultError as fault:
             return Unreadable(f"{fault.reason} at {fault.address:#x}")
-
-
-def _address(target: Target, name: str) -> int:
-    found = target.symbols.get(name)
-    if found is None:
-        raise NotFoundError("symbol", name, hint=target.symbols.hint or "it may be stripped")
-    return found.address
