@@ -348,6 +348,23 @@ def test_filters(machine: list[str]) -> None:
     assert set(pids("--session", "0")) >= {0}
 
 
+def test_columns_beside_the_usual_and_all_of_them(machine: list[str]) -> None:
+    def names(*options: str) -> list[str]:
+        out = run("devsw", "--format", "csv", *options, *machine).stdout
+        return out.splitlines()[0].split(",")
+
+    def headings(*options: str) -> list[str]:
+        return run("procs", "--pid", "1", *options, *machine).stdout.splitlines()[0].split()
+
+    assert headings("-o", "+ppid,wchan") == [*headings(), "WCHAN"]
+    assert headings("-o", "+wchan=", "-o", "sid=SESSION") == [*headings(), "SESSION"]
+    assert names("-o", "all") == names()
+    assert names("-o", "read,all")[:2] == ["read", "kind"]
+    assert sorted(names("-o", "read,all")) == sorted(names())
+    usual = run("devsw", *machine).stdout.splitlines()[0].split()
+    assert len(run("devsw", "-o", "all", *machine).stdout.splitlines()[0].split()) > len(usual)
+
+
 def test_tree_puts_children_below_parents(machine: list[str]) -> None:
     out = run("procs", "--tree", "-o", "pid,ppid", "--format", "jsonl", *machine).stdout
     seen: set[int] = set()

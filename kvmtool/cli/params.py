@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import click
@@ -58,7 +58,7 @@ def columns_option(command: Command) -> Command:
         "--columns",
         metavar="LIST",
         multiple=True,
-        help="Columns to show: NAME,NAME or NAME=HEADING. Repeatable.",
+        help="Columns: NAME,NAME=HEADING; +NAME adds to the usual; all. Repeatable.",
     )
     return option(command)
 
@@ -69,23 +69,30 @@ def choose_columns(
     """The `columns` that the -o `lists` name, in their order; without lists `default`, or all.
 
     As in POSIX ps, names are separated by commas or blanks, and ``name=heading`` ends its list:
-    the heading may hold both. Raises `click.BadParameter` for a name that is none.
+    the heading may hold both. ``all`` stands for every column, and a list that begins with ``+``
+    comes after the default. Raises `click.BadParameter` for a name that is none.
     """
     known = {column.name: column for column in columns}
+    usual = [known[name] for name in default or known]
     if not lists:
-        return [known[name] for name in default or known]
-    chosen = []
+        return usual
+    chosen = usual if lists[0].startswith("+") else []
     for text in lists:
-        names, equals, heading = text.partition("=")
+        names, equals, heading = text.removeprefix("+").partition("=")
         for name in re.split(r"[,\s]+", names.strip(", \t\n")):
-            column = known.get(name.lower())
-            if column is None:
-                every = ", ".join(known)
-                raise click.BadParameter(f"no column {name!r}, expected: {every}", param_hint="-o")
-            chosen.append(column)
+            chosen += _named(known, name.lower())
         if equals:
             chosen[-1] = chosen[-1]._replace(heading=heading)
-    return chosen
+    return list({column.name: column for column in chosen}.values())
+
+
+def _named(known: Mapping[str, Column], name: str) -> list[Column]:
+    if name == "all":
+        return [*known.values()]
+    if name not in known:
+        every = ", ".join(known)
+        raise click.BadParameter(f"no column {name!r}, expected: {every}", param_hint="-o")
+    return [known[name]]
 
 
 class Where(NamedTuple):
