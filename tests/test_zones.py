@@ -246,8 +246,45 @@ def test_names_of_heaps(name):
     assert [zone.name for zone in zones(made.target())] == ["data.kalloc.16", "vm_maps"]
 
 
+def flags_of(name, heap):
+    """A struct zone_security_flags: osfmk/kern/zalloc_internal.h, its bits by hand."""
+    if name.startswith("12.0"):  # foreign:1 heap:2 noencrypt:1 submap:2 sequester:1 type:1
+        return bytes([1 | heap << 1 | 1 << 3 | 2 << 4 | 1 << 6])
+    if name.startswith(("12", "13.0")):  # submap:8 guards:1 end:1 heap:3 noencrypt:1 ...
+        return struct.pack("<H", 2 | 3 << 8 | heap << 10 | 7 << 13)
+    bits = 2 | heap << 8 | 0x3F << 10  # submap:8 heap:2 type:1 lifo:1 guards:1 end:1 ...
+    if name.startswith("15.5"):
+        return struct.pack("<IH2x", 2 | heap << 8 | 0x3E << 10, 0xABC)
+    return struct.pack("<2H", bits, 0xABC)
+
+
+SECURED = [name for name in NEW if not name.startswith("11")]
+
+
+@pytest.mark.parametrize("name", SECURED)
+def test_names_of_heaps_from_12_on(name):
+    made = Sparse(name)
+    places = array(made, 4)
+    for place, (text, _) in zip(places, HEAPED, strict=True):
+        fill_new(made, place, text)
+    texts = [made.alloc(text) for text in (b"\0", b"early.\0", b"data.\0", b"\0")]
+    made.variable("_kalloc_heap_names", struct.pack("<4Q", *texts))
+    made.variable("_zone_security_array", b"".join(flags_of(name, heap) for _, heap in HEAPED))
+    made.number("_num_zones", 4, 2)
+    made.number("_zpercpu_early_count", 1)
+    assert [zone.name for zone in zones(made.target())] == [
+        "vm_maps",
+        "data.kalloc.16",
+        "early.kalloc.16",
+        "kalloc.type.var0",
+    ]
+
+
+HEAPED = (("vm_maps", 0), ("kalloc.16", 2), ("kalloc.16", 1), ("kalloc.type.var0", 3))
+
+
 def test_names_of_heaps_by_the_kernels_own_types():
-    """From 12 on the heap's number lies in zone_security_array, which only its own types tell."""
+    """From 12 on the heap's number lies in zone_security_array."""
     flags = Compound(
         "struct",
         "zone_security_flags",

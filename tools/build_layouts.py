@@ -62,6 +62,17 @@ SYSENT_10_4 = (
 )
 SYSENT_LAST = ("HighSierra_10.13.6_17G65", "x86_64")
 
+# Nor do they have struct zone_security_flags: from osfmk/kern/zalloc_internal.h of the first xnu
+# release that each is named by, its first bit-fields and their widths, the size of the whole, and
+# where z_sig_eq is. Those of 11215 and 11417 are as Apple's debug kits of 15.3.1 and 15.4 say;
+# there the third bit of z_kheap_id, which only 4 would need, is left out: heap 4 has no name.
+ZONE_FLAGS: dict[str, tuple[str, int, int | None]] = {
+    "8019.41": ("z_allows_foreign:1 z_kheap_id:2 z_noencrypt:1 z_submap_idx:2", 1, None),
+    "8020.101": ("z_submap_idx:8 z_pgz_use_guards:1 z_submap_from_end:1 z_kheap_id:3", 2, None),
+    "8796.141": ("z_submap_idx:8 z_kheap_id:2 z_kalloc_type:1 z_lifo:1", 4, 2),
+    "11417.101": ("z_submap_idx:8 z_kheap_id:2", 8, 4),
+}
+
 Fields = dict[str, tuple[int, int]]  # name: (byte offset, bits), bits as _bits makes them
 Structs = dict[str, tuple[int, Fields]]  # C tag: (size in bytes, fields)
 Kits = dict[tuple[str, str], Structs]  # (kernel's name, arch): structs
@@ -157,10 +168,26 @@ def main_kernels(folder: str, kits: Kits, listed: list[dict[str, str]]) -> list[
             structs = _union(structs, kits[key])
         else:
             structs["sysent"] = SYSENT_10_4 if arch == "i386" else kits[SYSENT_LAST]["sysent"]
+            if (flags := _zone_flags(release)) is not None:
+                structs["zone_security_flags"] = flags
         releases = [release for release in (release, MORE_RELEASES.get(key)) if release]
         version = version.split("/")[0].rstrip("+")  # "11.5/11.6" and "10.15.6+": from there on
         kernels.append(Kernel(version, "", arch, releases, origin, structs, line, True, kit))
     return kernels
+
+
+def _zone_flags(release: str) -> tuple[int, Fields] | None:
+    """struct zone_security_flags of an xnu release; before 12.0.1 there was none."""
+    known = [first for first in ZONE_FLAGS if _numbers(first) <= _numbers(release)]
+    if not known:
+        return None
+    text, size, sig_eq = ZONE_FLAGS[known[-1]]
+    fields, at = {} if sig_eq is None else {"z_sig_eq": (sig_eq, 0)}, 0
+    for part in text.split():
+        name, _, width = part.partition(":")
+        fields[name] = (at // 8, _bits(at % 8, int(width)))
+        at += int(width)
+    return size, fields
 
 
 def _release(row: dict[str, str]) -> str:

@@ -110,7 +110,7 @@ class ZoneNames:
     def name(self, index: int, raw: dict[str, Any]) -> Any:
         """The zone's name as zprint(1) has it."""
         name = text_at(self._target, raw["name"])
-        heap = raw["heap"]
+        heap = raw["heap"]  # up to macOS 11 the zone itself has it
         if heap is None and self._security is not None and self._known:
             heap = self._flags.read(self._security + index * self._step)["heap"]
         if not isinstance(heap, int) or not isinstance(name, str):
