@@ -11,7 +11,7 @@ from kvmtool.errors import KvmError, NotFoundError
 from kvmtool.types.ctype import DEPTH_LIMIT, Array, Compound, Field, unqualified
 from kvmtool.types.declare import declare
 from kvmtool.types.flatten import MEMBER_LIMIT
-from kvmtool.types.near import near_members
+from kvmtool.types.near import near_members, whose_types
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -85,7 +85,7 @@ def member_of(types: TypeTable, ctype: CType, name: str) -> Field:
     field = field_of(compound, name)
     if field is None:
         near = near_members(name, [field.name or "" for field in all_fields(compound)])
-        hint = f"types are those of {types.name}"
+        hint = whose_types(types.name, types.origin)
         raise NoMemberError("member", f"{declare(compound)}.{name}", near, hint)
     return field
 

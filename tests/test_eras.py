@@ -345,7 +345,8 @@ def test_files(name, ask):
         near = "did you mean unpcb, inpcbinfo, inpcbhead?"
         notes = (
             "kvmtool: Internet sockets have no addresses: structure inpcb not found "
-            f"({near}); types are those of {name}\n"
+            f"({near}); types are the built-in ones of {name}: --types takes more "
+            "(a dSYM, CTF, ISF)\n"
         )
     rows = ask(name, "files", stderr=notes)
     found = {(row["pid"], row["fd"]): row for row in rows}

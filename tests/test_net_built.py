@@ -145,7 +145,8 @@ def test_types_that_do_not_know_interfaces_are_named(name, tmp_path):
     for option, struct in (("--interfaces", "ifnet"), ("--routes", "rtentry")):
         _, said = ask(where, "net", option, status=1)
         assert said.startswith(f"kvmtool: structure {struct} not found")
-        assert said.endswith(f"types are those of {name}\n")
+        whose = f"types are the built-in ones of {name}"
+        assert said.endswith(f"; {whose}: --types takes more (a dSYM, CTF, ISF)\n")
 
 
 ODD = {

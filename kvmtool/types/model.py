@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from kvmtool.errors import KvmError, NotFoundError
 from kvmtool.types.ctype import Compound, unqualified
 from kvmtool.types.flatten import Struct, flatten
-from kvmtool.types.near import near_members, near_misses
+from kvmtool.types.near import near_members, near_misses, whose_types
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -105,7 +105,7 @@ class TypeTable:
         if found is None:
             known = {*self.source.names("tag"), *self.source.names("typedef")}
             near = near_misses(name, sorted(known))
-            raise NotFoundError("structure", name, near, f"types are those of {self.name}")
+            raise NotFoundError("structure", name, near, whose_types(self.name, self.origin))
         return found
 
     def find_struct(self, name: str) -> Struct | None:
@@ -136,7 +136,7 @@ class TypeTable:
         found = members.get(member)
         if found is None:
             near = [f"{struct}.{name}" for name in near_members(member, list(members))]
-            hint = f"types are those of {self.name}"
+            hint = whose_types(self.name, self.origin)
             raise NotFoundError("member", f"{struct}.{member}", near, hint)
         return found.offset
 

@@ -27,3 +27,10 @@ def near_members(wanted: str, known: Sequence[str], limit: int = 3) -> list[str]
     last = wanted.rpartition(".")[2]
     same = [name for name in known if name.rpartition(".")[2] == last]
     return list(dict.fromkeys([*same, *near_misses(wanted, known, limit)]))[:limit]
+
+
+def whose_types(name: str, origin: str) -> str:
+    """The end of a message about something that types lack; what to do where they are built in."""
+    if not origin.startswith("built-in"):
+        return f"types are those of {name}"
+    return f"types are the built-in ones of {name}: --types takes more (a dSYM, CTF, ISF)"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from kvmtool.errors import KvmError, NotFoundError
 from kvmtool.types.ctype import Array, Base, Pointer, Qualified, Void
-from kvmtool.types.near import near_misses
+from kvmtool.types.near import near_misses, whose_types
 
 if TYPE_CHECKING:
     from kvmtool.types.ctype import CType
@@ -90,7 +90,7 @@ def _named(words: list[str], source: TypeSource) -> CType:
         if found is not None:
             return found
     known = {other for kind in kinds for other in source.names(kind)}
-    hint = f"types are those of {source.name}"
+    hint = whose_types(source.name, source.origin)
     raise NotFoundError("type", " ".join(words), near_misses(name, sorted(known)), hint)
 
 
