@@ -24,7 +24,9 @@ check: $(STAMP) ## lint, types, layering, generated documents
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy --strict kvmtool
-	@$(BIN)/python -m pytest tests/test_layering.py
+	@$(BIN)/python tools/dead_code.py
+	@$(BIN)/pylint --disable=all --enable=duplicate-code --score=n kvmtool tools bench
+	@$(BIN)/python -m pytest tests/test_layering.py tests/test_sizes.py
 	@$(BIN)/python tools/docs.py --check
 
 docs: $(STAMP) ## write the generated documents

@@ -9,7 +9,7 @@ import tempfile
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 
-from bench import commands, files, library, memory, objects, types  # noqa: E402
+from bench import commands, files, library, live, memory, objects, types  # noqa: E402
 from bench.sheet import Sheet  # noqa: E402
 
 DUMP = "dumps/x86_64-10.8.5"
@@ -62,10 +62,15 @@ def _files(sheet: Sheet, folder: str) -> None:
     files.converted(sheet, folder)
 
 
+def _memory(sheet: Sheet, folder: str) -> None:
+    memory.run(sheet, folder)
+    live.run(sheet, folder)
+
+
 SECTIONS = {
     "Symbols": _symbols,
     "The library": _library,
-    "Memory": memory.run,
+    "Memory": _memory,
     "Types": types.run,
     "Kernel objects": _objects,
     "Files": _files,

@@ -50,12 +50,15 @@ def write_segments(folder: str, count: int) -> str:
 
 
 def write_sparse(folder: str) -> str:
-    """A LiME image of 64 GB, all but its headers a hole in the file."""
-    path = os.path.join(folder, "sparse.lime")
-    size = 64 << 30
+    """A core of 64 segments of 1 GB, all but its load commands a hole in the file."""
+    path = os.path.join(folder, "sparse.core")
+    command, piece, start = struct.Struct("<II16s4Q4I"), 1 << 30, 1 << 16
     with open(path, "wb") as out:
-        out.write(struct.pack("<IIQQQ", 0x4C694D45, 1, 0, size - 1, 0))
-        out.truncate(0x20 + size)
+        out.write(struct.pack("<8I", 0xFEEDFACF, 0x01000007, 3, 4, 64, 64 * command.size, 0, 0))
+        for n in range(64):
+            place = (_BASE + n * piece, piece, start + n * piece, piece)
+            out.write(command.pack(0x19, command.size, b"", *place, 7, 3, 0, 0))
+        out.truncate(start + 64 * piece)
     return path
 
 
@@ -63,6 +66,7 @@ def large(sheet: Sheet, folder: str) -> None:
     """A core of a million segments, and one of 64 GB."""
     what = "open of a core with 1,000,000 segments"
     _opened(sheet, what, write_segments(folder, _SEGMENTS), _BASE + 777_777 * 8192)
+    _opened(sheet, "open of a sparse core of 64 GB", write_sparse(folder), _BASE + (63 << 30))
 
 
 def _opened(sheet: Sheet, what: str, path: str, address: int) -> None:

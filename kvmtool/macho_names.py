@@ -31,12 +31,6 @@ def filetype_name(filetype: int) -> str:
     return name
 
 
-def command_name(cmd: int) -> str:
-    """LC_SEGMENT_64, ...; the number in hex where macholib knows no name."""
-    name: str = mach_o.LC_NAMES.get(cmd, f"{cmd:#x}")
-    return name
-
-
 def flag_names(flags: int) -> list[str]:
     """The names of the bits in a mach_header's flags; bits without one together, in hex."""
     names = []

@@ -10,7 +10,7 @@ Source: EXTERNAL_HEADERS/mach-o/loader.h, xnu-11417.121.6.
 from __future__ import annotations
 
 from struct import Struct
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvmtool.errors import FormatError, TruncatedError, UnsupportedError
 from kvmtool.linkedit import LC_DYLD_CHAINED_FIXUPS, segment_sections, tables
@@ -253,15 +253,6 @@ class Standalone:
 
     def _bad(self, offset: int | None, message: str) -> FormatError:
         return FormatError(self._source.name, offset, message)
-
-
-def standalone(image: MachO, out: BinaryIO, memory: Memory | None = None) -> None:
-    """Write `image` to `out` as a file by itself, from the start to the end of it.
-
-    See `Standalone` for what is written and what is raised, which may be half-way.
-    """
-    for piece in Standalone(image, memory).pieces():
-        out.write(piece)
 
 
 def _held(segment: Segment) -> int:

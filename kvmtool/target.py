@@ -134,7 +134,7 @@ class Record:
             try:
                 parts = layout.unpack(self._target.memory.read(address + at, layout.size))
             except FaultError as fault:
-                values[name] = Unreadable(f"{fault.reason} at {fault.address:#x}")
+                values[name] = Unreadable.of(fault)
                 continue
             if code == "P":
                 values[name] = self._target.strip(parts[0])

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+from kvmtool.errors import FaultError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 
 class Unreadable:
     """A field that is there in the kernel but not in what we were given.
@@ -16,6 +23,11 @@ class Unreadable:
     def __init__(self, reason: str) -> None:
         self._reason = reason
 
+    @classmethod
+    def of(cls, fault: FaultError) -> Unreadable:
+        """What stands for a value that `fault` kept from us."""
+        return cls(f"{fault.reason} at {fault.address:#x}")
+
     @property
     def reason(self) -> str:
         """Why the value could not be read, and at which address."""
@@ -29,3 +41,11 @@ class Unreadable:
 
     def __repr__(self) -> str:
         return f"<unreadable: {self._reason}>"
+
+
+def guarded(read: Callable[[], Any]) -> Any:
+    """What `read` gives, or `Unreadable` where it meets missing memory."""
+    try:
+        return read()
+    except FaultError as fault:
+        return Unreadable.of(fault)

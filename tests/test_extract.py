@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import gzip
-import io
 import os
 import random
 import shutil
@@ -24,7 +23,7 @@ from kvmtool.errors import FaultError, FormatError, KvmError, TruncatedError, Un
 from kvmtool.fixups import has_fixups
 from kvmtool.kernelcache import open_collection
 from kvmtool.macho import MachO
-from kvmtool.macho_writer import Standalone, standalone
+from kvmtool.macho_writer import Standalone
 from kvmtool.source import BytesSource, FileSource
 from tests import inputs
 from tests.builders import chains, llvm, peel
@@ -53,9 +52,7 @@ def macho(data):
 
 
 def written(image, memory=None):
-    out = io.BytesIO()
-    standalone(image, out, memory)
-    return out.getvalue()
+    return b"".join(Standalone(image, memory).pieces())
 
 
 def on_disk(folder, data, name="file"):

@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 import time
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -24,16 +25,31 @@ from tests.typed_members import compare
 INT = {"kind": "base", "name": "int"}
 
 
+def pointer(to: dict[str, Any]) -> dict[str, Any]:
+    return {"kind": "pointer", "subtype": to}
+
+
+def bits(position: int, length: int) -> dict[str, Any]:
+    kind = {"kind": "bitfield", "bit_position": position, "bit_length": length}
+    return {**kind, "type": {"kind": "base", "name": "unsigned int"}}
+
+
+NAME = {"kind": "array", "count": 17, "subtype": {"kind": "base", "name": "char"}}
+UNNAMED = {"kind": "union", "name": "unnamed_5f3c"}
+FIELDS = {
+    "p_call": {"offset": 40, "type": pointer({"kind": "function"})},
+    "p_comm": {"offset": 16, "type": NAME},
+    "p_high": {"offset": 8, "type": bits(3, 29)},
+    "p_low": {"offset": 8, "type": bits(0, 3)},
+    "p_pid": {"offset": 0, "type": INT},
+    "p_next": {"offset": 48, "type": pointer({"kind": "struct", "name": "proc"})},
+    "p_task": {"offset": 56, "type": pointer({"kind": "struct", "name": "task"})},
+    "unnamed_field_4": {"offset": 4, "anonymous": True, "type": UNNAMED},
+}
+
+
 def content(**more: Any) -> dict[str, Any]:
     """A small file; `more` replaces parts of it."""
-
-    def pointer(to: dict[str, Any]) -> dict[str, Any]:
-        return {"kind": "pointer", "subtype": to}
-
-    def bits(position: int, length: int) -> dict[str, Any]:
-        kind = {"kind": "bitfield", "bit_position": position, "bit_length": length}
-        return {**kind, "type": {"kind": "base", "name": "unsigned int"}}
-
     number = {"kind": "int", "endian": "little"}
     parts = {
         "metadata": {"format": "6.2.0", "producer": {"name": "a test", "version": "1"}},
@@ -47,37 +63,7 @@ def content(**more: Any) -> dict[str, Any]:
             "void": {"kind": "void", "size": 0, "signed": False, "endian": "little"},
         },
         "user_types": {
-            "proc": {
-                "kind": "struct",
-                "size": 64,
-                "fields": {
-                    "p_call": {"offset": 40, "type": pointer({"kind": "function"})},
-                    "p_comm": {
-                        "offset": 16,
-                        "type": {
-                            "kind": "array",
-                            "count": 17,
-                            "subtype": {"kind": "base", "name": "char"},
-                        },
-                    },
-                    "p_high": {"offset": 8, "type": bits(3, 29)},
-                    "p_low": {"offset": 8, "type": bits(0, 3)},
-                    "p_pid": {"offset": 0, "type": INT},
-                    "p_next": {
-                        "offset": 48,
-                        "type": pointer({"kind": "struct", "name": "proc"}),
-                    },
-                    "p_task": {
-                        "offset": 56,
-                        "type": pointer({"kind": "struct", "name": "task"}),
-                    },
-                    "unnamed_field_4": {
-                        "offset": 4,
-                        "anonymous": True,
-                        "type": {"kind": "union", "name": "unnamed_5f3c"},
-                    },
-                },
-            },
+            "proc": {"kind": "struct", "size": 64, "fields": {**FIELDS}},
             "unnamed_5f3c": {
                 "kind": "union",
                 "size": 4,
@@ -96,7 +82,7 @@ def content(**more: Any) -> dict[str, Any]:
             "nothing": {"address": 0},
         },
     }
-    return parts | more
+    return deepcopy(parts) | more
 
 
 def opened(tmp_path, parts: dict[str, Any] | bytes, name: str = "types.json"):

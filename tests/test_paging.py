@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvmtool.arch import arm64_pages, x86_pages
-from kvmtool.arch.arm64_pages import Arm64, Split
+from kvmtool.arch.arm64_pages import Arm64
 from kvmtool.errors import FaultError, FormatError, UnsupportedError
 from kvmtool.formats.corefile import Corefile
 from kvmtool.formats.elf_core import ElfCore
@@ -372,35 +372,11 @@ def test_modes_by_control_registers(registers, modes):
 
 
 def test_sizes_by_tcr():
-    # TG1 2 and 1 are 4K and 16K, TG0 0 and 2
+    # TG1 2 and 1 are 4K and 16K
     assert arm64_pages.kernel_size(2 << 30 | 26 << 16) == (12, 26)
     assert arm64_pages.kernel_size(1 << 30 | 17 << 16) == (14, 17)
-    assert arm64_pages.user_size(2 << 14 | 25) == (14, 25)
-    assert arm64_pages.user_size(25) == (12, 25)
     with pytest.raises(UnsupportedError, match="TG1"):
         arm64_pages.kernel_size(3 << 30)
-
-
-def test_both_halves_of_arm64():
-    kernel = Tables("arm64 16K T1SZ 17", MIB)
-    user = Tables("arm64 4K T1SZ 25", 0, kernel.memory)
-    user.next, user.root = 0x80000, 0x80000
-    data = fill(kernel, 0x10000, 0x8000)
-    kernel.map(KERNEL[kernel.mode], 0x10000)
-    user.map(0x100000000, 0x14000, Rights(user=True))
-    physical = kernel.physical()
-    halves = Split(
-        Arm64(physical, kernel.root, 14, 17), Arm64(physical, user.root, 12, 25, user=True)
-    )
-    memory = PagedMemory(physical, halves)
-    assert memory.read(KERNEL[kernel.mode], 0x4000) == data[:0x4000]
-    assert memory.read(0x100000000, 0x1000) == data[0x4000:0x5000]
-    assert fault(memory, 0x100001000).reason == "unmapped"
-    assert fault(memory, 1 << 39).reason == "non-canonical"
-    assert [(m.start, m.size, m.permissions) for m in memory.mappings()] == [
-        (0x100000000, 0x1000, "rwxu"),
-        (KERNEL[kernel.mode], 0x4000, "rwx-"),
-    ]
 
 
 # laws

@@ -13,7 +13,10 @@ import subprocess
 import sys
 import tempfile
 import venv
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
@@ -88,7 +91,8 @@ def compare(vol: str, dump: str, folder: str) -> bool:
     return same
 
 
-def main() -> int:
+def each_dump(compare: Callable[[str, str, str], bool]) -> int:
+    """Exit status 0 if `compare`, given Volatility's path, a dump and a folder, agrees for all."""
     if not os.path.isdir(os.path.join(ROOT, "..", "shared", "data", "dumps")):
         print("the real dumps are not here (../shared/data): nothing to compare")
         return 0
@@ -104,4 +108,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(each_dump(compare))

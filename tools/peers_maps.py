@@ -12,7 +12,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from typing import Any
 
@@ -75,20 +74,5 @@ def compare(vol: str, dump: str, folder: str) -> bool:
     return same
 
 
-def main() -> int:
-    if not os.path.isdir(os.path.join(ROOT, "..", "shared", "data", "dumps")):
-        print("the real dumps are not here (../shared/data): nothing to compare")
-        return 0
-    vol = peers.install()
-    same = True
-    with tempfile.TemporaryDirectory() as folder:
-        for dump, why in peers.DUMPS.items():
-            if why:
-                print(f"{dump:16} left out: {why}")
-            else:
-                same &= compare(vol, dump, folder)
-    return 0 if same else 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(peers.each_dump(compare))

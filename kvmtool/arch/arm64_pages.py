@@ -19,15 +19,11 @@ from kvmtool.arch.pages import (
     USER,
     WRITE,
     Level,
-    Walk,
-    Window,
 )
 from kvmtool.arch.walker import Walker
 from kvmtool.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from kvmtool.memory import Memory
 
 _VALID, _TABLE = 1 << 0, 1 << 1
@@ -81,14 +77,6 @@ def kernel_size(tcr: int) -> tuple[int, int]:
     if granule is None:
         raise UnsupportedError(f"TCR_EL1 {tcr:#x}: TG1 is {tcr >> 30 & 3}, expected 1 or 2")
     return granule, tcr >> 16 & 63
-
-
-def user_size(tcr: int) -> tuple[int, int]:
-    """The granule's bits and T0SZ in a TCR_EL1. Raises `UnsupportedError` for a 64K granule."""
-    granule = {0: 12, 2: 14}.get(tcr >> 14 & 3)
-    if granule is None:
-        raise UnsupportedError(f"TCR_EL1 {tcr:#x}: TG0 is {tcr >> 14 & 3}, expected 0 or 2")
-    return granule, tcr & 63
 
 
 class Arm64(Walker):
@@ -160,42 +148,3 @@ class Arm64(Walker):
         if not leaf and entry & _VALID and not entry & _TABLE:
             words.append("BLOCK")
         return " ".join(words)
-
-
-class Split(Walker):
-    """Both halves at once, as the processor sees them: bit 55 of an address chooses the TTBR."""
-
-    def __init__(self, kernel: Arm64, user: Arm64) -> None:
-        """`kernel` is TTBR1's tables, `user` TTBR0's; their granules may differ."""
-        self.kernel, self.user = kernel, user
-        self.physical, self.root, self.levels = kernel.physical, kernel.root, kernel.levels
-        self.ranges = (*user.ranges, *kernel.ranges)
-        self.mode = f"{kernel.mode} + {user.mode}"
-        self.page_size = min(kernel.page_size, user.page_size)
-        self.window_bits = min(kernel.window_bits, user.window_bits)
-
-    def _half(self, address: int) -> Arm64:
-        return self.kernel if address >> 55 & 1 else self.user
-
-    def lookup(self, address: int) -> tuple[int | None, int, str]:
-        """See `Walker.lookup`."""
-        if not self.holds(address):
-            return super().lookup(address)
-        return self._half(address).lookup(address)
-
-    def walk(self, address: int) -> Walk:
-        """See `Walker.walk`."""
-        if not self.holds(address):
-            return super().walk(address)
-        return self._half(address).walk(address)
-
-    def window(self, address: int) -> Window:
-        """See `Walker.window`."""
-        if not self.holds(address):
-            return super().window(address)
-        return self._half(address).window(address)
-
-    def windows(self) -> Iterator[Window]:
-        """See `Walker.windows`."""
-        yield from self.user.windows()
-        yield from self.kernel.windows()

@@ -75,7 +75,7 @@ class Case:
         try:
             return self.target.pointer(at)
         except FaultError as fault:
-            return Unreadable(f"{fault.reason} at {fault.address:#x}")
+            return Unreadable.of(fault)
 
     def linked(self, at: int) -> int | None:
         """The pointer that the kernel's file has at `at`, slid; None where it has none."""

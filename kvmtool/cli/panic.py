@@ -96,7 +96,7 @@ def _look(kvm: Kvm, report: Report) -> _Found:
     try:
         string: Any = xnu.panic_string(target)
     except FaultError as fault:
-        string = Unreadable(f"{fault.reason} at {fault.address:#x}")
+        string = Unreadable.of(fault)
     log = _memory_log(kvm, report, outside) or outside
     said = xnu.read_log(log.text) if log is not None else Said()
     stack = stacks.panicking(said.cpu, said.thread)

@@ -247,11 +247,6 @@ def _entries() -> dict[str, list[_Entry]]:
     return table
 
 
-def known_variables() -> list[str]:
-    """The names there are types for."""
-    return list(_entries())
-
-
 def variable(name: str, source: LayoutTypes) -> CType | None:
     """The type of XNU's variable `name`; None if it is not in the table, or its structure not.
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvmtool.errors import FaultError, NotFoundError
 from kvmtool.target import Record, offset_of, record
-from kvmtool.unreadable import Unreadable
+from kvmtool.unreadable import Unreadable, guarded
 from kvmtool.xnu import named
 from kvmtool.xnu.queues import Report, walk_list
 from kvmtool.xnu.thread import ThreadReader
@@ -197,7 +197,7 @@ class _Reader:
             if table is None:
                 return None
             at = table + (2 * number + 1) * width
-        return named.guarded(lambda: target.pointer(at)) or None
+        return guarded(lambda: target.pointer(at)) or None
 
     def _machine(self, data: Any) -> dict[str, Any]:
         if self._data is None or not isinstance(data, int):
@@ -211,4 +211,4 @@ class _Reader:
         layout = Struct(f"{self._target.arch.byteorder}{_VECTORS}I")
         at = data + self._counts
         read = self._target.memory.read
-        return named.guarded(lambda: sum(layout.unpack(read(at, layout.size))))
+        return guarded(lambda: sum(layout.unpack(read(at, layout.size))))

@@ -216,7 +216,7 @@ class FileReader:
             try:
                 self._fo_types[ops] = self.target.unsigned(ops, "I")
             except FaultError as fault:
-                self._fo_types[ops] = Unreadable(f"{fault.reason} at {fault.address:#x}")
+                self._fo_types[ops] = Unreadable.of(fault)
         return self._fo_types[ops]
 
 

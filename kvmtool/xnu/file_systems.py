@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvmtool.errors import FaultError, FormatError, NotFoundError
 from kvmtool.target import Record, offset_of
-from kvmtool.unreadable import Unreadable
+from kvmtool.unreadable import guarded
 from kvmtool.xnu.queues import Report, walk_list
 
 if TYPE_CHECKING:
@@ -177,10 +177,7 @@ def vectors_in_use(target: Target, mounts: Iterator[int], report: Report) -> dic
 
 
 def _pointer(target: Target, at: int) -> Any:
-    try:
-        return target.pointer(at)
-    except FaultError as fault:
-        return Unreadable(f"{fault.reason} at {fault.address:#x}")
+    return guarded(lambda: target.pointer(at))
 
 
 def _symbol(target: Target, name: str) -> int:

@@ -81,7 +81,7 @@ class FiledescReader:
             try:
                 address = self._target.pointer(address)
             except FaultError as fault:
-                return Unreadable(f"{fault.reason} at {fault.address:#x}")
+                return Unreadable.of(fault)
             if not address:
                 return None
         raw = self._record.read(address)
@@ -134,7 +134,7 @@ class FiledescReader:
             data = memory.read(address, count * one.size)
             return [value for (value,) in one.iter_unpack(data)], lost
         except FaultError as fault:
-            values: list[Any] = [Unreadable(f"{fault.reason} at {fault.address:#x}")] * count
+            values: list[Any] = [Unreadable.of(fault)] * count
         for piece in memory.read_pieces(address, count * one.size):
             start, end = piece.address - address, piece.address - address + piece.size
             if piece.data is None:

@@ -126,7 +126,7 @@ def boot_args(target: Target) -> Any:
             return None
         return _command_line(target, args)
     except FaultError as fault:
-        return named.unreadable(fault)
+        return Unreadable.of(fault)
 
 
 def _command_line(target: Target, args: int) -> Any:

@@ -164,7 +164,7 @@ class InterfaceReader:
         try:
             return f"{self._target.text(pointer, _IFNAMSIZ)}{unit}"
         except FaultError as fault:
-            return Unreadable(f"{fault.reason} at {fault.address:#x}")
+            return Unreadable.of(fault)
 
     def _address(self, ifaddr: int, flags: Any, name: Any) -> Address:
         raw = self._ifaddr.read(ifaddr)

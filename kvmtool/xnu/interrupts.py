@@ -59,7 +59,7 @@ def gates(target: Target, table: int | None = None) -> Iterator[Gate]:
         try:
             raw = target.memory.read(at, SIZE)
         except FaultError as fault:
-            unreadable = Unreadable(f"{fault.reason} at {fault.address:#x}")
+            unreadable = Unreadable.of(fault)
             yield Gate(number, at, unreadable, unreadable, 0)
             continue
         first, _, _, access, middle, last, _ = _GATE.unpack(raw)

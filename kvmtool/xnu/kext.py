@@ -195,7 +195,7 @@ def _linked(target: Target, first: Any, name: Any) -> Any:
             tags.append(target.unsigned(info + inside, "I"))
             first = target.pointer(first)
         except FaultError as fault:
-            return Unreadable(f"{fault.reason} at {fault.address:#x}")
+            return Unreadable.of(fault)
     return sorted(tags)
 
 

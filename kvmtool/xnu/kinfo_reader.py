@@ -242,7 +242,7 @@ class KinfoReader:
         try:
             text = self._target.text(address, WMESGLEN)
         except FaultError as fault:
-            return Unreadable(f"{fault.reason} at {fault.address:#x}")
+            return Unreadable.of(fault)
         return text.encode("utf-8", "surrogateescape")
 
     def _lcid(self, lctx: Any) -> Any:

@@ -11,6 +11,7 @@ from struct import Struct
 from typing import TYPE_CHECKING, Any
 
 from kvmtool.errors import FormatError
+from kvmtool.unreadable import guarded
 from kvmtool.xnu import named
 from kvmtool.xnu.layout_check import check
 
@@ -74,7 +75,7 @@ def load(target: Target) -> Load:
 def _loadavg(target: Target) -> Any:
     if named.address_of(target, "_averunnable") is None:
         return None
-    return named.guarded(lambda: list(loadavg(target.arch, target.memory, target.symbols)))
+    return guarded(lambda: list(loadavg(target.arch, target.memory, target.symbols)))
 
 
 def _scaled(target: Target, name: str) -> Any:
@@ -82,7 +83,7 @@ def _scaled(target: Target, name: str) -> Any:
     if at is None:
         return None
     layout = Struct(target.arch.byteorder + "3I")
-    return named.guarded(
+    return guarded(
         lambda: [n / LOAD_SCALE for n in layout.unpack(target.memory.read(at, layout.size))]
     )
 

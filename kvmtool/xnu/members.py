@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from kvmtool.errors import FaultError
-from kvmtool.xnu.named import unreadable
+from kvmtool.unreadable import Unreadable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -93,7 +93,7 @@ class Members:
         try:
             data = self._target.memory.read(address + place.offset, place.size)
         except FaultError as fault:
-            return unreadable(fault)
+            return Unreadable.of(fault)
         return self._value(place, data, 0)
 
     def _value(self, place: _Place, data: bytes, at: int) -> int:

@@ -7,29 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kvmtool.errors import FaultError
 from kvmtool.types.ctype import Base, Enum, unqualified
-from kvmtool.unreadable import Unreadable
+from kvmtool.unreadable import guarded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from kvmtool.target import Target
 
 _CODES = {1: "B", 2: "H", 4: "I", 8: "Q"}
-
-
-def unreadable(fault: FaultError) -> Unreadable:
-    """What stands for a value that `fault` kept from us."""
-    return Unreadable(f"{fault.reason} at {fault.address:#x}")
-
-
-def guarded(read: Callable[[], Any]) -> Any:
-    """What `read` gives, or `Unreadable` where it meets missing memory."""
-    try:
-        return read()
-    except FaultError as fault:
-        return unreadable(fault)
 
 
 def address_of(target: Target, *names: str) -> int | None:

@@ -159,7 +159,7 @@ class UnpcbReader:
         try:
             return unix_path(read_sockaddr(self._target, address)) or None
         except FaultError as fault:
-            return Unreadable(f"{fault.reason} at {fault.address:#x}")
+            return Unreadable.of(fault)
 
 
 _UNPCB = {

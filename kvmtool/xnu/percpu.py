@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kvmtool.unreadable import Unreadable
+from kvmtool.unreadable import Unreadable, guarded
 from kvmtool.xnu import named
 from kvmtool.xnu.host import page_size
 
@@ -53,4 +53,4 @@ def counter(target: Target, name: str) -> Any:
     places = copies(target, pointer)
     if not isinstance(places, list):
         return places
-    return named.guarded(lambda: sum(target.unsigned(at, "Q") for at in places) & (1 << 64) - 1)
+    return guarded(lambda: sum(target.unsigned(at, "Q") for at in places) & (1 << 64) - 1)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvmtool.errors import FaultError, FormatError, NotFoundError
 from kvmtool.target import record
-from kvmtool.unreadable import Unreadable
+from kvmtool.unreadable import Unreadable, guarded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -100,14 +100,8 @@ def _policy(target: Target, at: int) -> Policy:
 def _text(target: Target, pointer: Any) -> Any:
     if not isinstance(pointer, int):
         return pointer
-    try:
-        return target.text(pointer, _NAME) if pointer else None
-    except FaultError as fault:
-        return Unreadable(f"{fault.reason} at {fault.address:#x}")
+    return guarded(lambda: target.text(pointer, _NAME)) if pointer else None
 
 
 def _pointer(target: Target, at: int) -> Any:
-    try:
-        return target.pointer(at)
-    except FaultError as fault:
-        return Unreadable(f"{fault.reason} at {fault.address:#x}")
+    return guarded(lambda: target.pointer(at))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvmtool.errors import FaultError, NotFoundError
 from kvmtool.target import offset_of
-from kvmtool.unreadable import Unreadable
+from kvmtool.unreadable import Unreadable, guarded
 from kvmtool.xnu.queues import Report, walk_list
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def protocols(target: Target, report: Report | None = None) -> Iterator[Protocol
             try:
                 said: Any = target.unsigned(protocol + number, "H")
             except FaultError as fault:
-                said = Unreadable(f"{fault.reason} at {fault.address:#x}")
+                said = Unreadable.of(fault)
             functions = _members(target, "protosw", protocol, _FUNCTIONS)
             yield Protocol(protocol, family, said, functions, dict(_requests(target, protocol)))
 
@@ -123,11 +123,8 @@ def _text(target: Target, at: int) -> Any:
         pointer = target.pointer(at)
         return target.text(pointer, _NAME) if pointer else None
     except FaultError as fault:
-        return Unreadable(f"{fault.reason} at {fault.address:#x}")
+        return Unreadable.of(fault)
 
 
 def _pointer(target: Target, at: int) -> Any:
-    try:
-        return target.pointer(at)
-    except FaultError as fault:
-        return Unreadable(f"{fault.reason} at {fault.address:#x}")
+    return guarded(lambda: target.pointer(at))

@@ -146,4 +146,4 @@ def guarded_sockaddr(target: Target, address: Any) -> Any:
     try:
         return read_sockaddr(target, address)
     except FaultError as fault:
-        return Unreadable(f"{fault.reason} at {fault.address:#x}")
+        return Unreadable.of(fault)

@@ -176,4 +176,4 @@ class _Names:
             at = self._target.pointer(self._start + number * self._target.arch.pointer_size)
             return self._target.text(at, 128) if at else None
         except FaultError as fault:
-            return Unreadable(f"{fault.reason} at {fault.address:#x}")
+            return Unreadable.of(fault)

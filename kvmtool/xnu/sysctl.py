@@ -161,7 +161,7 @@ class _Reader:
         try:
             return self.target.text(pointer, limit)
         except FaultError as fault:
-            return Unreadable(f"{fault.reason} at {fault.address:#x}")
+            return Unreadable.of(fault)
 
     def _value(self, raw: dict[str, Any]) -> Any:
         """What the generic handlers of kern_newsysctl.c would copy out."""
@@ -180,7 +180,7 @@ class _Reader:
             if kind == "opaque" and arg1 and 0 < arg2 <= _VALUE:
                 return self.target.memory.read(arg1, arg2)
         except FaultError as fault:
-            return Unreadable(f"{fault.reason} at {fault.address:#x}")
+            return Unreadable.of(fault)
         return None
 
     def _wide(self, kind: str, at: int) -> int | None:

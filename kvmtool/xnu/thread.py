@@ -190,7 +190,7 @@ class ThreadReader:
         try:
             return self._target.text(pointer, MAXTHREADNAMESIZE)
         except FaultError as fault:
-            return Unreadable(f"{fault.reason} at {fault.address:#x}")
+            return Unreadable.of(fault)
 
     def _times(self, raw: dict[str, Any]) -> tuple[Any, Any]:
         """User and system time in nanoseconds."""

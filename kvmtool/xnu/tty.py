@@ -58,7 +58,7 @@ def tty_name(target: Target, ttyp: Any, ttyvp: Any) -> tuple[Any, Any]:
     try:
         dev = target.integer(ttyp + at)
     except FaultError as fault:
-        lost = Unreadable(f"{fault.reason} at {fault.address:#x}")
+        lost = Unreadable.of(fault)
         return lost, lost
     return _vnode_name(target, ttyvp) or device_name(dev), dev
 

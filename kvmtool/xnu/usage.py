@@ -79,7 +79,7 @@ class UsageReader:
         try:
             return self._proc_ro.read(self._target.pointer(pointer))["csflags"]
         except FaultError as fault:
-            return Unreadable(f"{fault.reason} at {fault.address:#x}")
+            return Unreadable.of(fault)
 
     def _times(self, task: int, fields: dict[str, Any]) -> tuple[Any, Any, Any]:
         """Time of ended threads and of living ones; the event the first waiting one waits for."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvmtool.target import Record, offset_of
-from kvmtool.unreadable import Unreadable
+from kvmtool.unreadable import Unreadable, guarded
 from kvmtool.xnu import named
 from kvmtool.xnu.cpu import processors
 from kvmtool.xnu.host import page_size
@@ -128,7 +128,7 @@ def _occupied(target: Target) -> Any:
         at = named.pointer(target, "_compressor_object")
     if not isinstance(at, int) or not at or inside is None:
         return at if isinstance(at, Unreadable) else None
-    return named.guarded(lambda: target.unsigned(at + inside, "I"))
+    return guarded(lambda: target.unsigned(at + inside, "I"))
 
 
 def _events(target: Target, report: Report) -> dict[str, Any]:

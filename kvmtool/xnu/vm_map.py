@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvmtool.errors import FormatError, NotFoundError, UnsupportedError
 from kvmtool.target import offset_of
-from kvmtool.unreadable import Unreadable
+from kvmtool.unreadable import Unreadable, guarded
 from kvmtool.xnu import named
 from kvmtool.xnu.members import Members
 from kvmtool.xnu.queues import Report
@@ -170,7 +170,7 @@ class MapReader:
         """
         width, pointer = self.target.arch.pointer_size, self.target.pointer
         last, first = pointer(header), pointer(header + width)
-        ends = [named.guarded(partial(pointer, at)) for at in (first, last + width)]
+        ends = [guarded(partial(pointer, at)) for at in (first, last + width)]
         if sure:
             return ends == [header, header]
         if header in ends:

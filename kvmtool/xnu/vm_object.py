@@ -138,7 +138,7 @@ class Objects:
             try:
                 self._pagers[address] = self._pager(address)
             except FaultError as fault:
-                missing = named.unreadable(fault)
+                missing = Unreadable.of(fault)
                 self._pagers[address] = Pager(missing, missing)
         return self._pagers[address]
 
@@ -196,7 +196,7 @@ def unpack(target: Target, packed: int) -> Any:
         try:
             base, shape = target.unsigned(at, "Q"), target.memory.read(at + 8, 3)
         except FaultError as fault:
-            return named.unreadable(fault)
+            return Unreadable.of(fault)
         bits, shift, relative = shape
     elif target.arch.name in _PACKING:
         (base, bits, shift), relative = _PACKING[target.arch.name], 1

@@ -142,7 +142,7 @@ class VnodeReader:
             try:
                 self._names[address] = self.target.text(address, _NAME_LIMIT)
             except FaultError as fault:
-                self._names[address] = Unreadable(f"{fault.reason} at {fault.address:#x}")
+                self._names[address] = Unreadable.of(fault)
         return self._names[address]
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvmtool.errors import FaultError, FormatError
 from kvmtool.target import offset_of
-from kvmtool.unreadable import Unreadable
+from kvmtool.unreadable import Unreadable, guarded
 from kvmtool.xnu import named
 from kvmtool.xnu.members import Members
 from kvmtool.xnu.percpu import copies
@@ -30,7 +30,7 @@ def text_at(target: Target, pointer: Any, limit: int = _NAME) -> Any:
     """The text that `pointer` leads to; None for no pointer."""
     if not isinstance(pointer, int) or not pointer:
         return pointer or None
-    return named.guarded(lambda: target.text(pointer, limit))
+    return guarded(lambda: target.text(pointer, limit))
 
 
 def computed(compute: Callable[..., Any], *values: Any) -> Any:
@@ -81,7 +81,7 @@ class ZoneCaches:
         try:
             return sum(self._one(at) for at in places)
         except FaultError as fault:
-            return named.unreadable(fault)
+            return Unreadable.of(fault)
         except FormatError as error:
             return Unreadable(str(error))
 
@@ -127,5 +127,5 @@ class ZoneNames:
         if self._names is None:
             return None
         at = self._names + heap * self._target.arch.pointer_size
-        pointer = named.guarded(lambda: self._target.pointer(at))
+        pointer = guarded(lambda: self._target.pointer(at))
         return text_at(self._target, pointer, _HEAP_NAME)
