@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple
 
+from kvmtool import progress
 from kvmtool.checks.finding import Finding, Outcome
 from kvmtool.checks.judge import Case
 from kvmtool.errors import FaultError, FormatError, MismatchError, NotFoundError
@@ -56,10 +57,12 @@ def check(kvm: Kvm, names: Iterable[str] = ()) -> Iterator[Outcome]:
         raise KeyError(unknown.pop())
     case = Case(kvm)
     case.target  # noqa: B018  without it no check could be made
-    for name, entry in CHECKS.items():
-        if name in wanted:
-            module = import_module(f"kvmtool.checks.{entry.module}")
-            yield _made(getattr(module, name), case, Outcome(name))
+    ordered = [name for name in CHECKS if name in wanted]
+    for number, name in enumerate(ordered):
+        progress.step("checking", number, len(ordered), "checks")
+        module = import_module(f"kvmtool.checks.{CHECKS[name].module}")
+        yield _made(getattr(module, name), case, Outcome(name))
+    progress.end("checking")
 
 
 def _made(function: Callable[[Case, Outcome], None], case: Case, outcome: Outcome) -> Outcome:
