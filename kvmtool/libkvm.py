@@ -22,12 +22,22 @@ from __future__ import annotations
 
 import os
 import stat
-import sys
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from kvmtool import kvm as handle
 from kvmtool.errors import FaultError, KvmError, UnsupportedError
+from kvmtool.libkvm_types import (
+    N_DATA,
+    O_RDONLY,
+    O_RDWR,
+    O_WRONLY,
+    Errbuf,
+    kvm_page,
+    kvm_t,
+    message_of,
+    nlist,
+    opened,
+)
 from kvmtool.memory import RunMemory
 from kvmtool.nlist import N_EXT
 from kvmtool.unreadable import Unreadable
@@ -87,87 +97,10 @@ __all__ = [
     "nlist",
 ]
 
-O_RDONLY, O_WRONLY, O_RDWR = 0, 1, 2  # bsd/sys/fcntl.h
 MAXPATHLEN = 1024  # bsd/sys/param.h
-N_DATA = 0x6  # bsd/sys/nlist.h, what FreeBSD calls every symbol a resolver knows
 PAGE_SIZE = 4096
-_POSIX2_LINE_MAX = 2048
 _NAME_LIMIT = 4096
 _NO_CORE = "/dev/null"
-
-
-class Errbuf:
-    """`char errbuf[_POSIX2_LINE_MAX]`: a failed open leaves its message in `text`."""
-
-    def __init__(self) -> None:
-        self.text = ""
-
-    def __str__(self) -> str:
-        return self.text
-
-
-@dataclass(slots=True)
-class nlist:
-    """`struct nlist`, and FreeBSD's `struct kvm_nlist`: `n_value` is the address as it runs."""
-
-    n_name: str | None
-    n_type: int = 0
-    n_sect: int = 0
-    n_desc: int = 0
-    n_value: int = 0
-
-
-class kvm_page(NamedTuple):
-    """`struct kvm_page`. A core of virtual memory tells neither `kp_paddr` nor `kp_prot`: None."""
-
-    kp_version: int
-    kp_paddr: int | None
-    kp_kmap_vaddr: int
-    kp_dmap_vaddr: int
-    kp_prot: int | None
-    kp_offset: int
-    kp_len: int
-
-
-class kvm_t:
-    """An open kernel: `kvm` is the `Kvm` behind it, None once it is closed."""
-
-    def __init__(self, program: str | None, resolver: Callable[[str], int | None] | None) -> None:
-        """Use `kvm_open`, `kvm_openfiles` or `kvm_open2`."""
-        self.kvm: handle.Kvm | None = None
-        self._program, self.resolver = program, resolver
-        self.error = ""
-
-    @property
-    def slide(self) -> int | None:
-        """As `kvm_kerndisp`, but None where it is unknown."""
-        slide = _opened(self).kerndisp
-        return slide if slide is None or slide < 1 << 63 else slide - (1 << 64)
-
-    def soft(self, message: str) -> None:
-        """An error a debugger makes all day: kept, never printed."""
-        self.error = message[: _POSIX2_LINE_MAX - 1]
-
-    def hard(self, error: KvmError | OSError) -> None:
-        """Any other error: printed instead when the program gave its name."""
-        message = _message(error)
-        if self._program is None:
-            self.soft(message)
-            return
-        shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
-        print(f"{self._program}: {shown}", file=sys.stderr)
-
-
-def _message(error: KvmError | OSError) -> str:
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return str(error)
-
-
-def _opened(kd: kvm_t) -> handle.Kvm:
-    if kd.kvm is None:
-        raise KvmError("the handle is closed")
-    return kd.kvm
 
 
 # opening and closing
@@ -273,7 +206,7 @@ def kvm_nlist(kd: kvm_t, nl: Sequence[nlist]) -> int:
         entries.append((entry, entry.n_name))
     try:
         found = [_look_up(kd, name) for _, name in entries]
-        stripped = not len(_opened(kd).symbols)
+        stripped = not len(opened(kd).symbols)
     except (KvmError, OSError) as error:
         kd.hard(error)
         return -1
@@ -283,7 +216,7 @@ def kvm_nlist(kd: kvm_t, nl: Sequence[nlist]) -> int:
             entry.n_sect, entry.n_desc = symbol.n_sect, symbol.n_desc
     misses = found.count(None)
     if misses and stripped and kd.resolver is None:
-        kd.soft(_opened(kd).symbols.hint or "the kernel has no symbol table (is it stripped?)")
+        kd.soft(opened(kd).symbols.hint or "the kernel has no symbol table (is it stripped?)")
     return misses
 
 
@@ -291,7 +224,7 @@ def _look_up(kd: kvm_t, name: str) -> Symbol | None:
     if len(name.encode("utf-8", "surrogateescape")) > _NAME_LIMIT:
         raise KvmError("symbol too large")
     if kd.resolver is None:
-        return _opened(kd).symbols.get(name)
+        return opened(kd).symbols.get(name)
     from kvmtool.symbols import Symbol
 
     value = kd.resolver(name)
@@ -316,7 +249,7 @@ def kvm_read(kd: kvm_t, kva: int, nbytes: int) -> bytes | None:
         kd.soft(f"invalid length ({nbytes})")
         return None
     try:
-        kvm = _opened(kd)
+        kvm = opened(kd)
         if kva < 0:
             kva += 1 << 8 * kvm.arch.pointer_size  # an address C takes for a signed number
         try:
@@ -327,7 +260,7 @@ def kvm_read(kd: kvm_t, kva: int, nbytes: int) -> bytes | None:
             kd.soft(f"{short}invalid address ({fault.address:#x}): {fault.reason}")
             return prefix if short else None
     except (KvmError, OSError) as error:
-        kd.soft(_message(error))
+        kd.soft(message_of(error))
         return None
 
 
@@ -339,7 +272,7 @@ def kvm_read2(kd: kvm_t, kva: int, nbytes: int) -> bytes | None:
 def kvm_write(kd: kvm_t, kva: int, data: bytes) -> int:
     """-1, even for no bytes: a dead kernel is not written to."""
     try:
-        _opened(kd).write(kva, data)
+        opened(kd).write(kva, data)
     except (KvmError, OSError) as error:
         kd.hard(error)
         return -1
@@ -404,7 +337,7 @@ def kvm_getprocs(kd: kvm_t, op: int, arg: int) -> tuple[list[KinfoProc] | None, 
     """
     report = Report()
     try:
-        records = _opened(kd).getprocs(op, arg, report)
+        records = opened(kd).getprocs(op, arg, report)
     except (KvmError, OSError) as error:
         kd.hard(error)
         return None, 0
@@ -433,7 +366,7 @@ def _strings(kd: kvm_t, p: KinfoProc, nchr: int, which: str) -> list[bytes] | No
         return None
     pid = p.kp_proc.p_pid
     try:
-        kvm = _opened(kd)
+        kvm = opened(kd)
         if kvm.physical is None:
             raise UnsupportedError("cannot read user space from dead kernel")
         proc = find_process(kvm.procs(), pid)
@@ -454,7 +387,7 @@ def kvm_getloadavg(kd: kvm_t, nelem: int) -> list[float] | None:
         kd.hard(KvmError(f"invalid number of load averages ({nelem})"))
         return None
     try:
-        return list(_opened(kd).loadavg()[:nelem])
+        return list(opened(kd).loadavg()[:nelem])
     except (KvmError, OSError) as error:
         kd.hard(error)
         return None

@@ -92,6 +92,7 @@ LAYERS = (
             "scope",
             "evaluate",
             "kvm",
+            "libkvm_types",
             "libkvm",
             "sample",
             "convert",

@@ -103,7 +103,7 @@ KITS_ONLY = {"PE_state", "lowGlo", "filehead"}
 @pytest.mark.parametrize("name", MAIN)
 def test_variables(name):
     types = layouts.table(name)
-    for variable in variables._entries():
+    for variable in variables.entries():
         found = types.variable(variable)
         if found is None:
             lacking = {"default_pset", "pset0"} if not types.has("processor_set") else set()
@@ -269,7 +269,7 @@ def test_members_agree_with_a_kernels_own_ctf(ctf):
 def test_variables_agree_with_a_kernels_own_ctf(ctf):
     types = layouts.table("10.9.5 x86_64")
     compared = 0
-    for name in variables._entries():
+    for name in variables.entries():
         theirs = ctf.variable(name)
         if theirs is None or name == "cpu_data_ptr":  # cpu_data_t: a typedef of an unnamed one
             continue

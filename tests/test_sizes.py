@@ -15,7 +15,6 @@ from inputs import ROOT
 LINES, TEST_LINES, FUNCTION_LINES = 400, 1000, 60
 OURS = ("kvmtool", "tools", "bench", "tests")
 DEFENDED = {
-    "kvmtool/libkvm.py",
     "kvmtool/macho_records.py:records",
 }
 

@@ -64,9 +64,8 @@ def main() -> int:
         if item.first_lineno in data.get(path, ()):
             continue
         short = os.path.relpath(path, ROOT)
-        why = next((name for name in (item.name, short) if name in known), None)
-        if why is not None:
-            needed.add(why)
+        if item.name in known:
+            needed.add(item.name)
             continue
         print(f"{short}:{item.first_lineno}: nothing uses {item.typ} {item.name}", file=sys.stderr)
         dead += 1

@@ -19,7 +19,7 @@ _NAME = re.compile(
 # the names C or a protocol gave them, and bounds of arithmetic: nothing is counted against them
 _NO_LIMITS = frozenset(
     (
-        *("types.ctf_format.MAX_VLEN", "kext_file._KMOD_MAX_NAME", "libkvm._POSIX2_LINE_MAX"),
+        *("types.ctf_format.MAX_VLEN", "kext_file._KMOD_MAX_NAME", "libkvm_types._POSIX2_LINE_MAX"),
         *("computing._SIGNED_LIMIT", "computing._UNSIGNED_LIMIT", "memory.ADDRESS_LIMIT"),
         *("xnu.kext.KMOD_MAX_NAME", "xnu.pcb._MAX_KCTL_NAME", "xnu.zone._NO_LIMIT"),
     )

@@ -234,7 +234,7 @@ class _Entry(NamedTuple):
 
 
 @functools.cache
-def _entries() -> dict[str, list[_Entry]]:
+def entries() -> dict[str, list[_Entry]]:
     table: dict[str, list[_Entry]] = {}
     for line in _TABLE.strip().splitlines():
         if line.startswith("#"):
@@ -252,7 +252,7 @@ def variable(name: str, source: LayoutTypes) -> CType | None:
 
     An array of unsaid length is one of no `count`.
     """
-    for entry in _entries().get(name, ()):
+    for entry in entries().get(name, ()):
         if entry.condition is not None:
             tag, member = entry.condition
             flat = source.flat(tag)
