@@ -9,17 +9,15 @@ doc/README.
 
 from __future__ import annotations
 
-import errno
-import os
-import stat
 import warnings
 from array import array
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from struct import Struct, pack
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from kvmtool import macho
 from kvmtool.errors import KvmWarning, UnsupportedError
+from kvmtool.new_file import new_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -238,41 +236,6 @@ def convert(
 
 
 @contextmanager
-def new_file(out: str, overwrite: bool) -> Iterator[BinaryIO]:
-    """A file that gets the name `out` at the end; whatever goes wrong, no part of it stays.
-
-    Raises FileExistsError unless `overwrite`, and for anything that is no regular file.
-    """
-    _check_free(out, overwrite)
-    temporary = os.path.join(os.path.dirname(out), f".kvmtool-{os.urandom(8).hex()}")
-    try:
-        with _writing(temporary) as file:
-            yield file
-        _check_free(out, overwrite)
-        os.replace(temporary, out)
-    except BaseException as error:
-        with suppress(OSError):
-            os.unlink(temporary)
-        if isinstance(error, OSError) and error.filename == temporary:
-            error.filename = out  # the name the user knows
-        raise
-
-
-@contextmanager
-def _writing(path: str) -> Iterator[BinaryIO]:
-    """A new file; closing it may fail, but hides no error that came before."""
-    file = open(path, "xb")  # noqa: SIM115  closed below, in two ways
-    try:
-        yield file
-        with _naming(file):
-            file.close()
-    except BaseException:
-        with suppress(OSError):
-            file.close()
-        raise
-
-
-@contextmanager
 def _naming(file: BinaryIO) -> Iterator[None]:
     """OSErrors are about `file`, not about what is read."""
     try:
@@ -280,15 +243,6 @@ def _naming(file: BinaryIO) -> Iterator[None]:
     except OSError as error:
         error.filename = getattr(file, "name", None)
         raise
-
-
-def _check_free(out: str, overwrite: bool) -> None:
-    try:
-        status = os.lstat(out)
-    except FileNotFoundError:
-        return
-    if not overwrite or not stat.S_ISREG(status.st_mode):
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), out)
 
 
 def _memory(kvm: Kvm, target: str, physical: bool) -> Memory:

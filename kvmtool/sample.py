@@ -11,6 +11,7 @@ import errno
 import os
 
 from kvmtool.errors import FormatError
+from kvmtool.new_file import new_file
 
 _DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data")
 RESOURCE = os.path.join(_DATA, "sample.zip")
@@ -88,11 +89,8 @@ def write(directory: str, which: str = "article") -> list[str]:
     missing = [path for path, content in paths.items() if not _holds(path, content)]
     os.makedirs(directory, exist_ok=True)
     for path in missing:
-        # never half a file under the real name: the next run would take it for the user's
-        part = path + ".part"
-        with open(part, "wb") as out:
+        with new_file(path) as out:
             out.write(paths[path])
-        os.replace(part, path)
     return list(paths)
 
 

@@ -28,7 +28,7 @@ PACKAGE = "kvmtool"
 # it stands where its imports put it: before the formats. What joins the two (image.py: a Mach-O as
 # memory, memory as a Mach-O; kernelcache.py, which does that with the kexts inside) is behind both.
 LAYERS = (
-    ("foundation", ("errors", "unreadable", "cache", "progress")),
+    ("foundation", ("errors", "unreadable", "cache", "progress", "new_file")),
     (
         "bytes",
         (

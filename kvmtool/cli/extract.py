@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from contextlib import closing, suppress
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import click
@@ -255,17 +255,13 @@ def write_out(out: str, overwrite: bool, pieces: Iterable[bytes], size: int) -> 
 
     Whatever goes wrong (Ctrl-C, too), no part of it stays.
     """
-    temporary = os.path.join(os.path.dirname(out), f".kvmtool-{os.urandom(8).hex()}")
+    from kvmtool.new_file import new_file
+
     try:
-        with open(temporary, "xb") as file, closing(_watched(pieces, size)) as watched:
+        with new_file(out, overwrite) as file, closing(_watched(pieces, size)) as watched:
             written = sum(map(file.write, watched))
-        check_out(out, overwrite, Where())
-        os.replace(temporary, out)
-    except BaseException as error:
-        with suppress(OSError):
-            os.unlink(temporary)
-        if isinstance(error, OSError) and error.filename in (None, temporary):
-            error.filename = out  # the name the user knows
+    except OSError as error:
+        error.filename = error.filename or out
         raise
     click.echo(f"wrote {click.format_filename(out)}: {written:#x} bytes")
 
