@@ -29,6 +29,14 @@ SOON = 2.0  # seconds a command may go on for after the signal
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """SIGINT as a terminal leaves it: what a script puts in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> str:
     folder = str(tmp_path_factory.mktemp("demo"))
