@@ -59,8 +59,7 @@ def _opened(path: str) -> Iterator[BinaryIO]:
                 os.link(f"{_DESCRIPTORS}/{fd}", path, src_dir_fd=fd, follow_symlinks=True)
             file.close()
         except OSError as error:
-            error.filename, error.filename2 = path, None  # not what is read
-            raise
+            raise OSError(error.errno, error.strerror, path) from error  # not what is read
     except BaseException:
         with suppress(OSError):
             file.close()

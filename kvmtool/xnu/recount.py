@@ -68,7 +68,7 @@ class Recount:
         try:
             data = self._target.memory.read(tracks, count * self.track.size)
         except FaultError as fault:
-            lost = Unreadable(f"{fault.reason} at {fault.address:#x}")
+            lost = Unreadable.of(fault)
             return lost, lost
         return self._times(data, tracks)
 
