@@ -1,14 +1,14 @@
 """The nlist entries and string table of a Mach-O symbol table.
 
-One name is found without reading the table: the string is searched in the mapped string table, and
-its index in the mapped entries. Only a question about all symbols, or about many, walks the table.
+One name is found without decoding the table: the string is searched in the mapped string table, and
+its index in the column of indices. Only a question about all symbols, or about many, goes further.
 Source: EXTERNAL_HEADERS/mach-o/nlist.h and stab.h, xnu-11417.121.6.
 """
 
 from __future__ import annotations
 
 from array import array
-from itertools import accumulate
+from itertools import compress
 from struct import Struct
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -28,13 +28,10 @@ _ENTRY = {
     for wide in (False, True)
 }
 _NATIVE = Struct("=I")
-# n_type → 0: no stab, nothing undefined or common may be found; 1: defined; 2: and external
-_RANKS = bytes(
-    0 if kind & N_STAB or kind & N_TYPE in (N_UNDF, N_PBUD) else 1 + (kind & N_EXT)
-    for kind in range(256)
-)
-_FEW = 3  # more places in the string table than this: pass over the entries once instead
-_SCAN = 1 << 15  # entries held at a time in that pass
+# n_type → whether it may be found: no stab, nothing undefined or common
+_DEFINED = bytes(not kind & N_STAB and kind & N_TYPE not in (N_UNDF, N_PBUD) for kind in range(256))
+_EXTERNAL = bytes(kind & N_EXT and _DEFINED[kind] for kind in range(256))
+_SCAN = 1 << 14  # entries held at a time in a pass over all
 
 
 class Nlist(NamedTuple):
@@ -97,34 +94,31 @@ class NlistTable:
         encoded = name.encode("utf-8", "surrogateescape")
         if not encoded or b"\0" in encoded:
             return []
-        places = self._places(encoded)
-        if len(places) > _FEW:
-            found = self._scan(places)
-        else:
-            found = sorted(at for strx in places for at in self._entries_with(strx))
-        return [self.at(at, name) for at in found]
+        return [self.at(at, name) for at in self._entries_with(self._places(encoded))]
 
-    def _scan(self, places: list[int]) -> list[int]:
-        """Entries whose n_strx is one of `places`, by one pass over that column of the table."""
-        size, step = self._entry.size, self._entry.size // 4
-        # compared as native integers, whatever the file's byte order: no conversion in the loop
-        wanted = {_NATIVE.unpack(self._index.pack(strx))[0] for strx in places}
-        found = []
-        for start in range(0, self.nsyms, _SCAN):
+    def _entries_with(self, places: list[int]) -> Iterator[int]:
+        """Entries whose n_strx is one of `places`, in one pass over the table.
+
+        Its two low bytes are columns of bytes, on which `translate` marks those that one of the
+        places has; where both are marked the whole number is looked at.
+        """
+        wanted = frozenset(self._index.pack(strx) for strx in places)
+        low = (0, 1) if self._index.pack(1)[0] else (3, 2)
+        seen = [(at, {raw[at] for raw in wanted}) for at in low]
+        marks = [(at, bytes(n in some for n in range(256))) for at, some in seen]
+        size = self._entry.size
+        for start in range(0, self.nsyms if places else 0, _SCAN):
             count = min(_SCAN, self.nsyms - start)
             raw = self._source.read_at(self.symoff + start * size, count * size)
-            column = memoryview(raw).cast("I")[::step].tolist()
-            hits = wanted.intersection(column)
-            if len(hits) > _FEW:
-                found += [start + at for at, strx in enumerate(column) if strx in hits]
-                continue
-            for strx in hits:  # usually one: index runs in C, a loop over the column does not
-                at = -1
-                for _ in range(column.count(strx)):
-                    at = column.index(strx, at + 1)
-                    found.append(start + at)
-        found.sort()
-        return found
+            marked = -1
+            for first, mark in marks:
+                marked &= int.from_bytes(raw[first::size].translate(mark), "little")
+            hits = marked.to_bytes(count, "little") if marked else b""
+            at = hits.find(1)
+            while at >= 0:
+                if raw[at * size : at * size + 4] in wanted:
+                    yield start + at
+                at = hits.find(1, at + 1)
 
     def best_by_name(self) -> dict[bytes, int]:
         """Name → the index of the entry that it means: the first external one, else the first.
@@ -133,25 +127,19 @@ class NlistTable:
         no name to be found by.
         """
         size, data = self._entry.size, self._entries()
-        strings = self._source.read_at(self.stroff, self.strsize)
-        parts = strings.split(b"\0")
-        starts = accumulate(map((1).__add__, map(len, parts)), initial=0)
-        named: dict[int, bytes] = dict(zip(starts, parts, strict=False))
-        named[0] = b""  # mach-o/nlist.h: the empty name, whatever the string table begins with
         column = array("I", memoryview(data).cast("I")[:: size // 4].tobytes())
         if self._index.pack(1) != _NATIVE.pack(1):
             column.byteswap()
-        names: list[bytes | None] = list(map(named.get, column))
-        ranks = data[4::size].translate(_RANKS)
-        best: dict[bytes, int] = {}
-        for rank in (1, 2):
-            for index in reversed([n for n, other in enumerate(ranks) if other == rank]):
-                name = names[index]
-                if name is None and column[index] < len(strings):  # the tail of a longer string
-                    end = strings.find(b"\0", column[index])
-                    name = strings[column[index] : end if end >= 0 else None]
-                if name:
-                    best[name] = index
+        defined = data[4::size].translate(_DEFINED)
+        external = bytes(compress(data[4::size].translate(_EXTERNAL), defined))
+        strings = self._source.read_at(self.stroff, self.strsize) + b"\0"
+        end = strings.find
+        # mach-o/nlist.h: 0 is the empty name, whatever the string table begins with
+        names = [strings[at : end(b"\0", at)] if at else b"" for at in compress(column, defined)]
+        named = list(zip(names, compress(range(self.nsyms), defined), strict=True))
+        best = dict(reversed(named))  # of one name the last stays, so from behind
+        best.update(reversed(list(compress(named, external))))
+        best.pop(b"", None)
         return best
 
     def _places(self, encoded: bytes) -> list[int]:
@@ -167,15 +155,6 @@ class NlistTable:
         if tail > self.stroff and self._source.read_at(tail, len(encoded)) == encoded:
             places.append(tail - self.stroff)
         return places
-
-    def _entries_with(self, strx: int) -> Iterator[int]:
-        needle, size = self._index.pack(strx), self._entry.size
-        at = self._source.find(needle, self.symoff, self._table_end)
-        while at >= 0:
-            index, inside = divmod(at - self.symoff, size)
-            if inside == 0:
-                yield index
-            at = self._source.find(needle, at + 1, self._table_end)
 
     def _entries(self) -> bytes:
         return self._source.read_at(self.symoff, self._table_end - self.symoff)

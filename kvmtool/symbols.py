@@ -70,11 +70,12 @@ class SymbolTable:
 
     def get(self, name: str) -> Symbol | None:
         """The symbol `name`: exactly, else with one leading underscore, else without it."""
-        for spelling in (name, "_" + name, name[1:] if name[:1] == "_" else ""):
-            found = self._exact(spelling) if spelling else None
-            if found is not None:
-                return found
-        return None
+        found = self._exact(name)
+        if found is None and name:
+            found = self._exact("_" + name)
+            if found is None and name[0] == "_":
+                found = self._exact(name[1:])
+        return found
 
     def expect(self, count: int) -> None:
         """That many names will be asked for: many are found sooner with all of them in order."""

@@ -25,12 +25,13 @@ else:  # click before 8.4 is not generic
 HIGHEST = (1 << 64) - 1
 
 _NUMBER = "0[xX][0-9a-fA-F]{1,32}|[0-9]{1,32}"
-_EXPRESSION = re.compile(rf"(.+?)((?:\s*[+-]\s*(?:{_NUMBER}))*)", re.DOTALL)
-_OFFSET = re.compile(rf"([+-])\s*({_NUMBER})")
-_SUFFIXED = re.compile(rf"({_NUMBER})([kmgt]?)", re.IGNORECASE)
+# patterns as text: compiling all of them at start-up costs more than most commands ever use
+_EXPRESSION = rf"(?s)(.+?)((?:\s*[+-]\s*(?:{_NUMBER}))*)"
+_OFFSET = rf"([+-])\s*({_NUMBER})"
+_SUFFIXED = rf"(?i)({_NUMBER})([kmgt]?)"
 # Names of symbols, of a kext's (`kext:symbol`) and of Objective-C methods; the rest may be C.
-_SYMBOL = re.compile(r"[A-Za-z_$][\w$]*|[\w$.-]+:[\w$.]+|[-+]\[.*", re.DOTALL)
-_OPERATORS = re.compile(r"[][()*/%&|^~<>=!?.'\"]")
+_SYMBOL = r"(?s)[A-Za-z_$][\w$]*|[\w$.-]+:[\w$.]+|[-+]\[.*"
+_OPERATORS = r"[][()*/%&|^~<>=!?.'\"]"
 _FACTORS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
@@ -50,7 +51,7 @@ class AddressExpr(NamedTuple):
         That is the value of a pointer or integer, and of everything else the address. Raises what
         `kvmtool.evaluate` raises, too.
         """
-        if self.base is None or _SYMBOL.fullmatch(self.base) or kvm.symbols.get(self.base):
+        if self.base is None or re.fullmatch(_SYMBOL, self.base) or kvm.symbols.get(self.base):
             return self.resolve(kvm.address)
         from kvmtool.evaluate import address_of
 
@@ -94,16 +95,16 @@ class AddressParam(_AddressType):
         if isinstance(value, AddressExpr):
             return value
         text = str(value).strip()
-        parts = _EXPRESSION.fullmatch(text)
+        parts = re.fullmatch(_EXPRESSION, text)
         if parts is None:
             self.fail("expected an address: 0x…, decimal, symbol, symbol+offset", param, ctx)
         base, offsets = parts.groups()
         try:
             offset = sum(
                 -_number(digits) if sign == "-" else _number(digits)
-                for sign, digits in _OFFSET.findall(offsets)
+                for sign, digits in re.findall(_OFFSET, offsets)
             )
-            if not re.match("[+-]?[0-9]", base) or _OPERATORS.search(base):
+            if not re.match("[+-]?[0-9]", base) or re.search(_OPERATORS, base):
                 return AddressExpr(text, base, offset)
             address = _number(base) + offset
         except ValueError as error:
@@ -129,7 +130,7 @@ class SizeParam(_IntType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        parts = _SUFFIXED.fullmatch(str(value).strip())
+        parts = re.fullmatch(_SUFFIXED, str(value).strip())
         if parts is None:
             self.fail(f"{value!r}: expected a size: 4, 0x10, 4k, 1m, 2g", param, ctx)
         digits, suffix = parts.groups()

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 _KIND = "words"
 _ARCHS = ("arm", "arm64", "arm64e", "i386", "ppc", "ppc64", "x86_64")
-_HARMLESS = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.]*")
-_SHOWN = re.compile(r"[^\w ./()-]")  # what does not stand in a description
+_HARMLESS = r"[A-Za-z0-9_][A-Za-z0-9_.]*"
+_SILENT = r"[^\w ./()-]"  # what does not stand in a description
 _MOST = 200  # words offered at once; of more, how they go on
 _LIMIT = 32 << 20  # bytes of words kept for one kernel
 
@@ -39,10 +39,11 @@ def remember(what: str, where: Where, words: Callable[[], Iterable[tuple[str, st
     key = _key(what, where.kernel, where.core)
     path = cache.path_for(_KIND, key)
     if path is None or not os.path.exists(path):
+        harmless, silent = re.compile(_HARMLESS), re.compile(_SILENT)
         lines = {
-            f"{word}\t{_SHOWN.sub('', text)[:40]}" if text else word
+            f"{word}\t{silent.sub('', text)[:40]}" if text else word
             for word, text in words()
-            if _HARMLESS.fullmatch(word)
+            if harmless.fullmatch(word)
         }
         payload = "\n".join(sorted(lines)).encode()
         if len(payload) <= _LIMIT:
