@@ -98,9 +98,11 @@ class Kvm(TypedHandle):
 
         Raises as `space_of`; `NotFoundError` when there is no such process.
         """
+        from kvmtool.xnu.queues import Report
         from kvmtool.xnu.space import find_process
 
-        return self.space_of(find_process(self.procs(), pid))
+        report = Report()
+        return self.space_of(find_process(self.procs(report), pid, report))
 
     def space_of(self, proc: Proc) -> Memory:
         """The address space of a process, from a dump of physical memory.

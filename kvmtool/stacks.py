@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvmtool.errors import MismatchError, NotFoundError
 from kvmtool.unreadable import Unreadable
@@ -10,6 +10,7 @@ from kvmtool.xnu.backtrace import Unwinder
 from kvmtool.xnu.panic import FUNCTIONS
 from kvmtool.xnu.queues import Report
 from kvmtool.xnu.saved_registers import registers_of
+from kvmtool.xnu.space import no_process
 from kvmtool.xnu.thread import ThreadReader, threads
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class Stacks:
         Raises as `Kvm.nearest_target`.
         """
         self._kvm = kvm
-        report = report if report is not None else Report()
+        self._report = report = report if report is not None else Report()
         self.threads: list[Thread] = []
         self._reader: ThreadReader | None = None
         try:
@@ -113,12 +114,22 @@ class Stacks:
 
     def _by_registers(self, place: int) -> Backtrace:
         thread = self._owner[place]
-        number = place if thread is None or thread.cpu is None else thread.cpu
+        number = place if thread is None or not thread.running else thread.cpu
         return self.unwinder.of_registers(self._sets[place], thread, number)
 
     def place_of(self, thread: int) -> int | None:
         """Which of the container's register sets is that of the thread at `thread`, if one is."""
         return self._of_thread.get(thread)
+
+    def unmatched(self, thread: Any) -> Unreadable | None:
+        """Why it cannot be told which registers are the thread's; None if it has none."""
+        if isinstance(thread, Unreadable):
+            return thread
+        known = next((one for one in self.threads if one.address == thread), None)
+        if known is None:
+            return Unreadable(self._report.stops[0]) if self._report.stops else None
+        stack = known.kernel_stack
+        return stack if isinstance(stack, Unreadable) else None
 
     def of(self, thread: Thread) -> Backtrace:
         """The stack of `thread`: by the registers of its CPU if it was running."""
@@ -131,7 +142,11 @@ class Stacks:
         """The stacks of a process's threads. Raises `NotFoundError`."""
         found = [thread for thread in self.threads if thread.pid == pid]
         if not found:
-            raise NotFoundError("process", str(pid), hint=self._why())
+            raise (
+                no_process(pid, self._report)
+                if self._reader
+                else NotFoundError("process", str(pid), hint=self._why())
+            )
         return [self.of(thread) for thread in found]
 
     def at(self, address: int) -> Backtrace:

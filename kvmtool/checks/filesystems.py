@@ -14,7 +14,7 @@ from kvmtool.errors import MismatchError
 from kvmtool.unreadable import Unreadable
 from kvmtool.xnu import file_systems as known
 from kvmtool.xnu.mount import MountReader
-from kvmtool.xnu.queues import walk_list
+from kvmtool.xnu.queues import walk_tail_queue
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -91,7 +91,7 @@ def _mounts(target: Target, outcome: Outcome) -> Iterator[int]:
     head = target.symbols.get("_mountlist")
     if head is not None:
         link = MountReader(target).link
-        yield from walk_list(target, head.address, link, "mountlist", outcome.report)
+        yield from walk_tail_queue(target, head.address, link, "mountlist", outcome.report)
 
 
 def _judge(

@@ -52,14 +52,14 @@ def args(
     Example:
       kvmtool args -N mach_kernel -M mem.lime --env
     """
-    from kvmtool.errors import NotFoundError
     from kvmtool.xnu.queues import Report
+    from kvmtool.xnu.space import no_process
 
     kvm = opened(where)
     report = Report()
     chosen = [proc for proc in kvm.procs(report) if not pid or proc.pid in pid]
     for missing in sorted(set(pid) - {proc.pid for proc in chosen}):
-        raise NotFoundError("process", str(missing))
+        raise no_process(missing, report)
     rows = ({"pid": p.pid, "comm": p.comm, **started(kvm, p)} for p in chosen)
     columns = (*(columns or LISTING.shown), "env") if env else columns
     LISTING.show(rows, columns, format, report)

@@ -9,15 +9,18 @@ import click
 
 from kvmtool.cli.command import Sectioned
 from kvmtool.cli.listing import Listing, finish, opened
+from kvmtool.cli.outside import missing_kexts
 from kvmtool.cli.params import core_argument, format_option, kernel_options
 from kvmtool.cli.render import Address, Column, Named, render, visible
 from kvmtool.cli.words import complete_pids
 from kvmtool.errors import NotFoundError
+from kvmtool.unreadable import Unreadable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from kvmtool.cli.params import Where
+    from kvmtool.kexts import Code
     from kvmtool.stacks import Stacks
     from kvmtool.xnu.backtrace import Backtrace, Frame
     from kvmtool.xnu.thread import Thread
@@ -67,8 +70,14 @@ def row_of(stack: Backtrace) -> dict[str, Any]:
         "frames": [frame_of(frame) for frame in stack.frames],
         "stop": stack.stop,
         "unreadable": stack.unreadable,
-        "continuation": goes_on and Named(goes_on.address, str(goes_on)),
+        "continuation": _continuation(thread, goes_on),
     }
+
+
+def _continuation(thread: Thread | None, code: Code | None) -> Any:
+    if thread is not None and isinstance(thread.continuation, Unreadable):
+        return thread.continuation
+    return code and Named(code.address, str(code))
 
 
 def frame_lines(frames: Iterable[Frame], width: int, indent: str = "") -> Iterator[str]:
@@ -89,7 +98,7 @@ def thread_words(thread: Thread) -> str:
 
 def _lines(stack: Backtrace, width: int) -> Iterator[str]:
     """One stack for a person."""
-    words = [f"CPU {stack.cpu}"] if stack.cpu is not None else []
+    words = [f"CPU {stack.cpu}"] if isinstance(stack.cpu, int) else []
     if stack.thread is not None:
         words.append(thread_words(stack.thread))
     if stack.origin:
@@ -122,6 +131,11 @@ def _cpus(stacks: Stacks) -> list[Backtrace]:
         )
         raise NotFoundError("registers", "of a CPU", hint=hint)
     return found
+
+
+def _parts_missing(thread: Thread) -> bool:
+    shown = (thread.pid, thread.command, thread.tid, thread.cpu, thread.continuation)
+    return any(isinstance(field, Unreadable) for field in shown)
 
 
 def _check(which: str | None, *others: object) -> None:
@@ -170,12 +184,14 @@ def backtrace(
     kvm = opened(where)
     report = Report()
     stacks = Stacks(kvm, report)
-    cut = 0
+    cut, strange = 0, False
 
     def counted() -> Iterator[Backtrace]:
-        nonlocal cut
+        nonlocal cut, strange
         for stack in _chosen(stacks, which, cpu, tid, every):
-            cut += stack.unreadable
+            thread = stack.thread
+            cut += stack.unreadable or (thread is not None and _parts_missing(thread))
+            strange = strange or stack.stop.endswith("lies in no known text")
             yield stack
 
     if format == "table":
@@ -184,4 +200,6 @@ def backtrace(
             sys.stdout.write(("\n" if number else "") + "\n".join(lines) + "\n")
     else:
         render(map(row_of, counted()), LISTING.columns, format)
+    if strange:  # it may be the text of a kext that nobody knows
+        missing_kexts(kvm, report)
     finish(report, cut, LISTING.what)

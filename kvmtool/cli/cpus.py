@@ -78,7 +78,10 @@ def _rows(kvm: Kvm, report: Report) -> Iterator[dict[str, Any]]:
         found: dict[str, int] = {}
         for flavor, data in sets[place].states if place is not None else ():
             found |= arch.registers(flavor, data)
-        yield row_of(kvm, cpu, found or None)
+        row = row_of(kvm, cpu, found or None)
+        if not found and stacks is not None:  # whose registers those in the dump are
+            row.update(dict.fromkeys(("pc", "registers"), stacks.unmatched(thread)))
+        yield row
 
 
 @click.command(cls=Sectioned)

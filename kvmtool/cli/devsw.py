@@ -8,6 +8,7 @@ import click
 
 from kvmtool.cli.command import Sectioned
 from kvmtool.cli.listing import Listing, listing_options, opened
+from kvmtool.cli.outside import settled
 from kvmtool.cli.render import Column, Named
 from kvmtool.unreadable import Unreadable
 
@@ -95,6 +96,8 @@ def devsw(where: Where, every: bool, columns: tuple[str, ...], format: str) -> N
     from kvmtool.xnu.queues import Report
 
     kvm = opened(where)
-    rows = (row_of(kvm, device) for device in devices(kvm.built_target()))
+    report = Report()
+    found = (row_of(kvm, device) for device in devices(kvm.built_target(), report))
+    rows = settled(kvm, found, report, "driver")
     taken = (row for row in rows if every or row["driver"] is not None)
-    LISTING.show(taken, columns, format, Report())
+    LISTING.show(taken, columns, format, report)

@@ -52,6 +52,10 @@ LISTING = Listing(
     ),
     ("command", "pid", "uid", "fd", "mode", "type", "offset", "mount", "name"),
 )
+_BEHIND = (
+    *("path", "name", "mount", "device", "size", "vnode"),
+    *("socket", "protocol", "local", "remote", "state"),
+)
 _EMPTY = dict.fromkeys(column.name for column in LISTING.columns)
 
 
@@ -89,6 +93,8 @@ def row_of(reader: FileReader, file: OpenFile) -> dict[str, Any]:
     elif file.socket is not None:
         row.update(ends(reader, file.socket))
         row["socket"] = file.socket.address
+    elif isinstance(file.type, Unreadable):  # what it is, and so all of it, is not known
+        row.update(dict.fromkeys(_BEHIND, file.type))
     return row
 
 
@@ -140,15 +146,15 @@ def files(pid: tuple[int, ...], where: Where, columns: tuple[str, ...], format: 
       kvmtool files -N mach_kernel -M core --pid 1
       kvmtool files -N mach_kernel -M core -o pid,fd,type,offset,name
     """
-    from kvmtool.errors import NotFoundError
     from kvmtool.xnu.file import FileReader, open_files
     from kvmtool.xnu.queues import Report
+    from kvmtool.xnu.space import no_process
 
     kvm = opened(where)
     report = Report()
     chosen = [proc for proc in kvm.procs(report) if not pid or proc.pid in pid]
     for missing in sorted(set(pid) - {proc.pid for proc in chosen}):
-        raise NotFoundError("process", str(missing))
+        raise no_process(missing, report)
     reader = FileReader(kvm.verified_target())
     found = open_files(reader, chosen, report)
     LISTING.show(_rows(reader, found), columns, format, report)

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvmtool.cli.command import Sectioned
-from kvmtool.cli.listing import Listing, listing_options, opened, time_fields
+from kvmtool.cli.listing import (
+    Listing,
+    header_missing,
+    listing_options,
+    opened,
+    time_fields,
+)
 from kvmtool.cli.render import Column
 
 if TYPE_CHECKING:
@@ -62,12 +68,16 @@ def row_of(kvm: Kvm, found: Host) -> dict[str, Any]:
 
     names = {column.name for column in LISTING.columns}
     row = {name: getattr(found, name) for name in found.__slots__ if name in names}
-    uuid = kvm.boot.uuid if kvm.boot is not None else None
+    uuid: Any = kvm.boot.uuid if kvm.boot is not None else None
+    if uuid is not None:
+        uuid = uuid_text(uuid)
+    elif kvm.boot is not None:
+        uuid = header_missing(kvm, kvm.boot.kernel_address)
     return {
         **row,
         **time_fields("boottime", found.boottime),
         "arch": kvm.arch.name,
-        "uuid": None if uuid is None else uuid_text(uuid),
+        "uuid": uuid,
         "slide": kvm.kerndisp,
         "vm_kernel_slide": found.slide,
         "vm_kernel_stext": found.stext,

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvmtool.cli.command import Sectioned
-from kvmtool.cli.listing import Listing, listing_options, opened
+from kvmtool.cli.listing import Listing, header_missing, listing_options, opened
 from kvmtool.cli.render import Column
 from kvmtool.macho import uuid_text
+from kvmtool.unreadable import Unreadable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,7 +73,10 @@ def _loaded(info: KextInfo, kext: Kext | None) -> dict[str, Any]:
     row["identifier"] = info.name
     if isinstance(info.uuid, bytes):
         row["uuid"] = uuid_text(info.uuid)
-    row["text"], row["text_size"] = info.text or (None, None)
+    elif row.get("uuid") is None:
+        row["uuid"] = info.uuid
+    missing = isinstance(info.text, Unreadable)
+    row["text"], row["text_size"] = (info.text, info.text) if missing else info.text or (None, None)
     row["lists"] = list(info.lists)
     return {column.name: row.get(column.name) for column in LISTING.columns}
 
@@ -83,7 +87,13 @@ def _rows(kvm: Kvm, report: Report) -> Iterator[dict[str, Any]]:
     if not loaded:
         yield from map(_in_file, kvm.kexts)
     for info in loaded:
-        yield _loaded(info, known.get(info.name))
+        row = _loaded(info, known.get(info.name))
+        missing = header_missing(kvm, info.address) if isinstance(info.address, int) else None
+        if missing is not None and not row["symbols"]:
+            row["symbols"] = missing
+        if row["uuid"] is None:
+            row["uuid"] = missing
+        yield row
 
 
 @click.command(cls=Sectioned)

@@ -16,6 +16,7 @@ from kvmtool.cli.params import (
     kernel_options,
 )
 from kvmtool.cli.render import render, render_one
+from kvmtool.errors import FaultError
 from kvmtool.unreadable import Unreadable
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from kvmtool.cli.params import Command
     from kvmtool.cli.render import Column
+    from kvmtool.kvm import Kvm
     from kvmtool.xnu.queues import Report
 
 
@@ -95,6 +97,15 @@ def time_fields(name: str, value: Any) -> dict[str, Any]:
     return {name: iso_time(value) if known else value, f"{name}_raw": raw}
 
 
+def header_missing(kvm: Kvm, address: int) -> Unreadable | None:
+    """Why the header of an image in memory, where its UUID stands, cannot be read; or None."""
+    try:
+        kvm.memory.check(address, 4)
+    except FaultError as fault:
+        return Unreadable(f"{fault.reason} at {fault.address:#x}")
+    return None
+
+
 def _missing(value: Any) -> bool:
     """Whether a field, or something in a list or mapping, could not be read."""
     if isinstance(value, list):
@@ -121,4 +132,4 @@ def listing_options(command: Command) -> Command:
     return command
 
 
-__all__ = ["Listing", "finish", "listing_options", "opened", "time_fields"]
+__all__ = ["Listing", "finish", "header_missing", "listing_options", "opened", "time_fields"]

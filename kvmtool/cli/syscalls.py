@@ -8,6 +8,7 @@ import click
 
 from kvmtool.cli.command import Sectioned
 from kvmtool.cli.listing import Listing, listing_options, opened
+from kvmtool.cli.outside import settled
 from kvmtool.cli.render import Column, Named
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def syscalls(where: Where, only: str | None, columns: tuple[str, ...], format: s
     Example:
       kvmtool syscalls -N mach_kernel -M core --traps
     """
-    from kvmtool.errors import NotFoundError
+    from kvmtool.errors import FaultError, FormatError, NotFoundError
     from kvmtool.xnu.queues import Report
 
     kvm = opened(where)
@@ -73,8 +74,9 @@ def syscalls(where: Where, only: str | None, columns: tuple[str, ...], format: s
         if only in (None, name):
             try:
                 calls += walk()
-            except NotFoundError as missing:
+            except (NotFoundError, FaultError, FormatError) as missing:
                 if only is not None:
                     raise
                 report.stop(f"{name}s", 0, str(missing))
-    LISTING.show((row_of(kvm, call) for call in calls), columns, format, report)
+    rows = settled(kvm, (row_of(kvm, call) for call in calls), report, "kext")
+    LISTING.show(rows, columns, format, report)

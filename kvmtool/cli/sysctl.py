@@ -8,6 +8,7 @@ import click
 
 from kvmtool.cli.command import Sectioned
 from kvmtool.cli.listing import Listing, listing_options, opened
+from kvmtool.cli.outside import settled
 from kvmtool.cli.render import Column, Named
 
 if TYPE_CHECKING:
@@ -97,4 +98,5 @@ def sysctl(
         every = found
     leaves = [oid for oid in every if oid.type != "node"]
     exact = [oid for oid in leaves if computed or oid.value is not None or oid.name == name]
-    LISTING.show((row_of(kvm, oid) for oid in exact), columns, format, report)
+    rows = settled(kvm, (row_of(kvm, oid) for oid in exact), report)
+    LISTING.show(rows, columns, format, report)

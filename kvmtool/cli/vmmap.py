@@ -78,6 +78,7 @@ def row_of(entry: Entry) -> dict[str, Any]:
 
 def _chosen(kvm: Kvm, reader: MapReader, which: str) -> Map:
     """The map that the user named. Raises `click.BadParameter` for what names none."""
+    from kvmtool.xnu.queues import Report
     from kvmtool.xnu.space import find_process
 
     if which == "kernel":
@@ -91,7 +92,8 @@ def _chosen(kvm: Kvm, reader: MapReader, which: str) -> Map:
         ) from None
     if which.lower().startswith("0x"):
         return reader.at(number, f"{number:#x}")
-    return reader.of_process(find_process(kvm.procs(), number))
+    report = Report()
+    return reader.of_process(find_process(kvm.procs(report), number, report))
 
 
 @click.command(cls=Sectioned)

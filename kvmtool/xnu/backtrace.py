@@ -10,7 +10,7 @@ processor pushed. Source: osfmk/i386/{idt64,locore}.s, osfmk/arm64/locore.s, xnu
 from __future__ import annotations
 
 from struct import Struct
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvmtool.errors import FaultError
 from kvmtool.unreadable import Unreadable
@@ -55,7 +55,7 @@ class Backtrace(NamedTuple):
     """
 
     thread: Thread | None
-    cpu: int | None
+    cpu: Any
     origin: str
     frames: tuple[Frame, ...]
     stop: str
@@ -93,10 +93,10 @@ class Unwinder:
             stop = f"its stack is not known: {stack.reason}"
             return Backtrace(thread, thread.cpu, "", (), stop, True, code)
         if not stack:
-            stop = "no kernel stack: " + (
-                f"it goes on at {code}" if code else "and no continuation"
-            )
-            return Backtrace(thread, thread.cpu, "", (), stop, False, code)
+            lost = isinstance(goes_on, Unreadable)
+            where = f"it goes on at {code}" if code else "and no continuation"
+            stop = f"no kernel stack: {goes_on.reason if lost else where}"
+            return Backtrace(thread, thread.cpu, "", (), stop, lost, code)
         try:
             registers = saved_registers(self.target, thread, self.stack_size, self.is_text)
         except FaultError as fault:
@@ -108,7 +108,7 @@ class Unwinder:
         return self.of_registers(registers, thread, thread.cpu)._replace(continuation=code)
 
     def of_registers(
-        self, registers: Registers, thread: Thread | None = None, cpu: int | None = None
+        self, registers: Registers, thread: Thread | None = None, cpu: Any = None
     ) -> Backtrace:
         """The stack that `registers` lead to; `thread` says where its own stack lies."""
         if self.is_user(registers.pc) or registers.cs & 3:

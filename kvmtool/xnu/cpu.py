@@ -109,6 +109,7 @@ def processors(target: Target, report: Report) -> Iterator[int]:
     link = offset_of(types, "processor", "processor_list")
     head = named.address_of(target, "_processor_list")
     seen: set[int] = set()
+    stops = len(report.stops)
     if head is not None and link is not None:
         for address in walk_list(target, head, link, "processor_list", report, LIMIT):
             seen.add(address)
@@ -116,7 +117,7 @@ def processors(target: Target, report: Report) -> Iterator[int]:
     for address in _array(target, report):
         if address not in seen:
             seen.add(address)
-            if head is not None:
+            if head is not None and len(report.stops) == stops:
                 report.notes.append(
                     f"processor {address:#x} is in processor_array, but not on processor_list"
                 )

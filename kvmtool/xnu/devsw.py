@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvmtool.errors import FormatError, NotFoundError
+from kvmtool.errors import FaultError, FormatError, NotFoundError
 from kvmtool.target import Record, offset_of
+from kvmtool.xnu.queues import Report
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,14 +45,21 @@ class Device:
     places: dict[str, int]
 
 
-def devices(target: Target) -> Iterator[Device]:
-    """Every slot of cdevsw, then of bdevsw.
+def devices(target: Target, report: Report | None = None) -> Iterator[Device]:
+    """Every slot of cdevsw, then of bdevsw; a length that cannot be read goes into `report`.
 
-    Raises `NotFoundError` for a kernel without these symbols, `FaultError` where their lengths
-    cannot be read, `FormatError` for lengths beyond reason.
+    Raises `NotFoundError` for a kernel without these symbols, `FormatError` for lengths beyond
+    reason.
     """
-    yield from _switch(target, "character", "cdevsw", "_nchrdev", CHARACTER)
-    yield from _switch(target, "block", "bdevsw", "_nblkdev", BLOCK)
+    report = report if report is not None else Report()
+    for kind, struct, length, names in (
+        ("character", "cdevsw", "_nchrdev", CHARACTER),
+        ("block", "bdevsw", "_nblkdev", BLOCK),
+    ):
+        try:
+            yield from _switch(target, kind, struct, length, names)
+        except FaultError as fault:
+            report.stop(struct, 0, f"{length} at {fault.address:#x} is {fault.reason}")
 
 
 def _switch(

@@ -157,7 +157,7 @@ class FileReader:
             raw = self._fileproc.read(slot.fileproc) if slot.fileproc else {"glob": 0}
             where = raw["glob"]
             if isinstance(where, Unreadable):
-                glob = _NOTHING._replace(type=where)
+                glob = _Glob(type=where, flag=where, offset=where, count=where, data=where)
             else:
                 glob = self.glob(where) if where else _NOTHING
             yield OpenFile(

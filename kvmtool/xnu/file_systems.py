@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kvmtool.errors import FaultError, FormatError, NotFoundError
 from kvmtool.target import Record, offset_of
 from kvmtool.unreadable import guarded
-from kvmtool.xnu.queues import Report, walk_list
+from kvmtool.xnu.queues import Report, walk_list, walk_tail_queue
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -169,7 +169,7 @@ def vectors_in_use(target: Target, mounts: Iterator[int], report: Report) -> dic
             inside = offset_of(types, "mount", name)
             if inside is None:
                 continue
-            for vnode in walk_list(target, mount + inside, link, name, report):
+            for vnode in walk_tail_queue(target, mount + inside, link, name, report):
                 vector = _pointer(target, vnode + at)
                 seen = found.setdefault(vector if isinstance(vector, int) else 0, [0, vnode])
                 seen[0] += 1

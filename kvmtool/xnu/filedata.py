@@ -83,12 +83,22 @@ class DataReader:
 
     def size(self, vnode: Vnode) -> Any:
         """The size of a regular file as the buffer cache knows it, in bytes."""
-        if vnode.type != "REG" or self._ubc is None or not isinstance(vnode.un, int):
+        if isinstance(vnode.type, Unreadable):
+            return vnode.type
+        if vnode.type != "REG" or self._ubc is None:
             return None
-        return self._ubc.read(vnode.un)["size"] if vnode.un else None
+        return self._behind(self._ubc, "size", vnode.un)
 
     def device(self, vnode: Vnode) -> Any:
         """dev_t of a character or block device."""
-        if vnode.type not in ("CHR", "BLK") or self._spec is None or not isinstance(vnode.un, int):
+        if isinstance(vnode.type, Unreadable):
+            return vnode.type
+        if vnode.type not in ("CHR", "BLK") or self._spec is None:
             return None
-        return self._spec.read(vnode.un)["rdev"] if vnode.un else None
+        return self._behind(self._spec, "rdev", vnode.un)
+
+    def _behind(self, found: Record, field: str, pointer: Any) -> Any:
+        """A field of what v_un points at; None for a null one."""
+        if isinstance(pointer, Unreadable):
+            return pointer
+        return found.read(pointer)[field] if pointer else None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from kvmtool.errors import FaultError, NotFoundError
 from kvmtool.target import Record, offset_of
 from kvmtool.unreadable import Unreadable
-from kvmtool.xnu.queues import Report, walk_list
+from kvmtool.xnu.queues import Report, walk_tail_queue
 from kvmtool.xnu.sockaddr import (
     AF_INET,
     AF_INET6,
@@ -144,7 +144,7 @@ class InterfaceReader:
         addresses = []
         start = address + self._heads
         walk = f"addresses of {name}"
-        for ifaddr in walk_list(self._target, start, self.ifa_link, walk, report):
+        for ifaddr in walk_tail_queue(self._target, start, self.ifa_link, walk, report):
             one = self._address(ifaddr, raw["flags"], name)
             if one.family != FAMILIES[AF_LINK]:
                 addresses.append(one)
@@ -224,7 +224,7 @@ def interfaces(target: Target, report: Report | None = None) -> Iterator[Interfa
     """
     report = report if report is not None else Report()
     reader = InterfaceReader(target)
-    for address in walk_list(target, reader.head(), reader.link, "ifnet_head", report):
+    for address in walk_tail_queue(target, reader.head(), reader.link, "ifnet_head", report):
         yield reader.read(address, report)
 
 

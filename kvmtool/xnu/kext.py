@@ -47,7 +47,7 @@ class KextInfo:
     version: Any
     uuid: Any
     linked: Any
-    kmod: int | None
+    kmod: Any
     start: Any
     stop: Any
     flags: Any
@@ -79,29 +79,52 @@ def version_string(number: int) -> str:
 def kexts(target: Target, report: Report | None = None) -> list[KextInfo]:
     """Every loaded kext, last loaded first, then those only the summaries know.
 
-    Where a walk stopped goes into the report's `stops`, where the lists differ into its `notes`.
+    Where a walk stopped goes into the report's `stops`, where the lists differ into its `notes`. A
+    list that was cut short misses nobody: what it would have said is `Unreadable` then.
     """
     report = report if report is not None else Report()
     chained = list(_kmods(target, report))
+    cut = report.stops[0] if report.stops else None
+    stops = len(report.stops)
     summed = list(_summaries(target, report))
-    if not summed:
+    whole = len(report.stops) == stops
+    if not summed and whole:
         return chained
-    by_name = {kext.name: kext for kext in summed if isinstance(kext.name, str)}
     merged = []
     for kext in chained:
-        summary = by_name.pop(kext.name, None) if isinstance(kext.name, str) else None
+        summary = _same(kext, summed)
         if summary is None:
-            report.differ(_alone(kext, "kmod list", "kext summaries"))
-            merged.append(kext)
+            if whole and isinstance(kext.name, str):
+                report.differ(_alone(kext, "kmod list", "kext summaries"))
+            merged.append(kext if whole else _lost(kext, _SUMMARY_FIELDS, report.stops[-1]))
             continue
+        summed.remove(summary)
         for text in _differences(kext, summary):
             report.differ(Difference(str(kext.name), kext.kmod, ("kmod", "summaries"), (), text))
         merged.append(_merged(kext, summary))
     for summary in summed:
-        if summary.name in by_name or not isinstance(summary.name, str):
+        if cut is None and isinstance(summary.name, str):
             report.differ(_alone(summary, "kext summaries", "kmod list"))
-            merged.append(summary)
+        merged.append(summary if cut is None else _lost(summary, _KMOD_FIELDS, cut))
     return merged
+
+
+def _same(kext: KextInfo, summed: list[KextInfo]) -> KextInfo | None:
+    """The summary of that kext: by its name, else by where its kmod_info lies."""
+    if isinstance(kext.name, str):
+        return next((summary for summary in summed if summary.name == kext.name), None)
+    at = kext.kmod
+    return next((summary for summary in summed if at is not None and summary.holds(at)), None)
+
+
+_KMOD_FIELDS = ("refs", "wired", "linked", "kmod", "start", "stop")
+_SUMMARY_FIELDS = ("uuid", "flags", "text")
+
+
+def _lost(kext: KextInfo, fields: tuple[str, ...], why: str) -> KextInfo:
+    """A kext whose other list was cut short: what that would have said of it is not known."""
+    lost: dict[str, Any] = dict.fromkeys(fields, Unreadable(why))
+    return replace(kext, **lost)
 
 
 def _alone(kext: KextInfo, on: str, missing: str) -> Difference:
@@ -112,8 +135,14 @@ def _alone(kext: KextInfo, on: str, missing: str) -> Difference:
 
 
 def _merged(kext: KextInfo, summary: KextInfo) -> KextInfo:
+    both = {
+        name: next((v for v in values if not isinstance(v, Unreadable)), values[0])
+        for name in ("index", "address", "size", "name", "version")
+        if (values := (getattr(kext, name), getattr(summary, name)))
+    }
     return replace(
         kext,
+        **both,
         uuid=summary.uuid,
         flags=summary.flags,
         text=summary.text,

@@ -13,7 +13,7 @@ from kvmtool.errors import NotFoundError
 from kvmtool.target import Record, offset_of
 from kvmtool.unreadable import Unreadable
 from kvmtool.xnu.proc import text_of
-from kvmtool.xnu.queues import Report, walk_list
+from kvmtool.xnu.queues import Report, walk_tail_queue
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -145,5 +145,5 @@ def mounts(target: Target, report: Report | None = None) -> Iterator[Mount]:
     if head is None:
         raise NotFoundError("symbol", "_mountlist", hint=target.symbols.hint)
     reader = MountReader(target)
-    for address in walk_list(target, head.address, reader.link, "mountlist", report):
+    for address in walk_tail_queue(target, head.address, reader.link, "mountlist", report):
         yield reader.read(address)

@@ -219,9 +219,11 @@ class ProcReader:
         letter, threads = self.tasks.state(task)
         if raw["stat"] == SSTOP and not isinstance(letter, Unreadable):
             letter = "T"
-        if isinstance(letter, Unreadable):
-            return letter, threads
-        return letter + marks(address, raw, session), threads
+        behind = marks(address, raw, session)
+        for part in (letter, behind):
+            if isinstance(part, Unreadable):
+                return part, threads
+        return letter + behind, threads
 
 
 def _first(*values: Any) -> Any:

@@ -40,11 +40,9 @@ class Census:
         torn = len(report.stops) > stops
         self._zombies.update(a for a, lists in self._lists.items() if "zombproc" in lists)
         main = set(self._lists)
-        self._walked: list[str] = []  # to their ends: what these lack is missing there
-        for name, found in (("tasks", self._by_task()), ("pidhash", self._by_hash())):
-            stops, self._lost = len(report.stops), False
-            if self._add(name, found) and len(report.stops) == stops and not self._lost:
-                self._walked.append(name)
+        elsewhere = (("tasks", self._by_task()), ("pidhash", self._by_hash()))
+        # to their ends: what these lack is missing there
+        self._walked = [name for name, found in elsewhere if self._add_whole(name, found)]
         if torn:
             self._add("kernproc", self._kernproc())
             self._add("links", self._linked())
@@ -76,6 +74,11 @@ class Census:
                 lists.append(name)
         return any_found
 
+    def _add_whole(self, name: str, addresses: Iterator[int]) -> bool:
+        """As `_add`; whether it led to any, and to all there are."""
+        stops = len(self._report.stops)
+        return self._add(name, addresses) and len(self._report.stops) == stops
+
     def _real(self, address: int) -> bool:
         """Whether a process seems to lie there: a pid that can be read and can be one."""
         pid = self._reader.pid(address)
@@ -84,10 +87,10 @@ class Census:
     def _by_task(self) -> Iterator[int]:
         for task in self._reader.tasks.walk(self._report):
             proc = self._reader.tasks.proc_of(task)
-            if proc is not None and self._real(proc):
+            if isinstance(proc, Unreadable):
+                self._report.stops.append(f"tasks: the process of task {task:#x} is {proc.reason}")
+            elif proc is not None and self._real(proc):
                 yield proc
-            elif proc is None and self._reader.tasks.lost(task):
-                self._lost = True
 
     def _by_hash(self) -> Iterator[int]:
         """The chains of the pid hash, in the form this kernel has."""
@@ -216,7 +219,10 @@ class Census:
         for address in main - self._zombies:
             lists = self._lists[address]
             missing = [name for name in self._walked if name not in lists]
-            if self._reader.pid(address) == 0 and "pidhash" in missing:
+            pid = self._reader.pid(address)
+            if isinstance(pid, Unreadable):
+                continue  # on the other lists it was not counted
+            if pid == 0 and "pidhash" in missing:
                 missing.remove("pidhash")  # proc 0 is never hashed (bsd/kern/bsd_init.c)
             if missing:
                 who = self._who(address)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvmtool.unreadable import Unreadable
+
 # bsd/sys/proc.h
 SIDL, SRUN, SSLEEP, SSTOP, SZOMB = 1, 2, 3, 4, 5
 P_CONTROLT, P_LP64, P_SYSTEM, P_TRACED, P_WEXIT = 0x2, 0x4, 0x200, 0x800, 0x2000
@@ -15,11 +17,16 @@ P_PPWAIT = 0x10
 P_LTRACED, P_LPPWAIT, P_LEXIT = 0x400, 0x2000, 0x8
 
 
-def marks(address: int, raw: dict[str, Any], session: dict[str, Any]) -> str:
-    """What ps writes behind the state letter (adv_cmds ps, print.c), as far as it was readable."""
-    flag, lflag, nice = (
-        value if isinstance(value, int) else 0 for value in (raw["flag"], raw["lflag"], raw["nice"])
-    )
+def marks(address: int, raw: dict[str, Any], session: dict[str, Any]) -> Any:
+    """What ps writes behind the state letter (adv_cmds ps, print.c).
+
+    `Unreadable` where something of it is: a mark that is not there says something, too.
+    """
+    told = (raw["flag"], raw["lflag"], raw["nice"], session["leader"], session["ttypgrpid"])
+    odd = next((value for value in told if isinstance(value, Unreadable)), None)
+    if odd is not None:
+        return odd
+    flag, lflag, nice = (value or 0 for value in told[:3])
     if raw["listflag"] is None:  # 10.4 has a p_lflag of other bits, and no p_listflag
         lflag = 0
     marks = "<" if nice < 0 else "N" if nice > 0 else ""

@@ -5,10 +5,11 @@ Source: osfmk/kern/processor.h, pexpert/pexpert/pexpert.h (gPEClockFrequencyInfo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvmtool.errors import FaultError
 from kvmtool.target import Record, offset_of
+from kvmtool.unreadable import Unreadable
 from kvmtool.xnu.queues import Report, walk_list
 
 if TYPE_CHECKING:
@@ -19,16 +20,23 @@ _CPUS = 1 << 10
 _CLOCK = 9  # words before timebase_frequency_hz in struct clock_frequency_info
 
 
-def running_on(target: Target) -> dict[int, int]:
+class Running(NamedTuple):
     """Which thread was on which CPU: thread's address -> the CPU's number.
 
-    Of processors that cannot be read nothing is said.
+    `lost` says why that is not known of every CPU; None if it is.
     """
+
+    cpus: dict[int, int]
+    lost: Unreadable | None
+
+
+def running_on(target: Target) -> Running:
+    """Which threads were running."""
     types = target.types
     head = target.symbols.get("_processor_list")
     link = offset_of(types, "processor", "processor_list")
     if head is None or link is None:
-        return {}
+        return Running({}, None)
     number = offset_of(types, "processor", "cpu_id", "cpu_num", "processor_data.slot_num")
     record = Record(
         target,
@@ -37,14 +45,18 @@ def running_on(target: Target) -> dict[int, int]:
             "cpu": (number, "i"),
         },
     )
-    found = {}
-    places = walk_list(target, head.address, link, "processor_list", Report(), _CPUS)
+    found: dict[int, int] = {}
+    lost: Any = None
+    report = Report()
+    places = walk_list(target, head.address, link, "processor_list", report, _CPUS)
     for place, address in enumerate(places):
         raw = record.read(address)
-        cpu = place if raw["cpu"] is None else raw["cpu"]
-        if isinstance(raw["active"], int) and raw["active"] and isinstance(cpu, int):
-            found[raw["active"]] = cpu
-    return found
+        active, cpu = raw["active"], place if raw["cpu"] is None else raw["cpu"]
+        if isinstance(active, Unreadable) or isinstance(cpu, Unreadable):
+            lost = active if isinstance(active, Unreadable) else cpu
+        elif active:
+            found[active] = cpu
+    return Running(found, Unreadable(report.stops[0]) if report.stops else lost)
 
 
 def abstime_hz(target: Target) -> int | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from kvmtool.errors import FaultError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Generator, Iterator
 
     from kvmtool.target import Target
 
@@ -65,7 +65,10 @@ def walk_list(
 
     `link` is the offset in bytes of the next pointer in an element.
     """
-    return _walk(target, head, lambda element: element + link, (0,), name, report, limit)
+    seen: set[int] = set()
+    reason = yield from _along(target, _Way(head, link, 0, (0,)), seen, limit)
+    if reason:
+        report.stop(name, len(seen), reason)
 
 
 def walk_queue(
@@ -73,39 +76,69 @@ def walk_queue(
 ) -> Iterator[int]:
     """Elements of a Mach queue whose links point at elements (queue_enter), `head` its queue_head.
 
-    `link` is the offset in bytes of the queue_chain in an element.
+    `link` is the offset in bytes of the queue_chain in an element. Where the way is cut, what lies
+    behind is found from the queue's tail, backwards: those elements come last, nearest the tail
+    first.
     """
-    ends = (0, head)
-    return _walk(target, head, lambda element: element + link, ends, name, report, limit)
+    size = target.arch.pointer_size
+    forth, back = _Way(head, link, 0, (0, head)), _Way(head + size, link + size, 0, (0, head))
+    return _both(target, forth, back, name, report, limit)
 
 
-def _walk(
-    target: Target,
-    head: int,
-    next_at: Callable[[int], int],
-    ends: tuple[int, ...],
-    name: str,
-    report: Report,
-    limit: int,
+def walk_tail_queue(
+    target: Target, head: int, link: int, name: str, report: Report, limit: int = LIMIT
 ) -> Iterator[int]:
+    """Elements of a BSD TAILQ, `head` its TAILQ_HEAD; `link` is where an element has its entry.
+
+    As `walk_queue`, both ways: what points back points at the next pointer of the one before.
+    """
+    size = target.arch.pointer_size
+    forth = _Way(head, link, 0, (0,))
+    back = _Way(head + size, link + size, link, (-link, head - link))
+    return _both(target, forth, back, name, report, limit)
+
+
+class _Way(NamedTuple):
+    """A way along a list: where its first link is; in an element the next lies `link` bytes in.
+
+    A link points `into` bytes into an element; an element of `ends` is none.
+    """
+
+    first: int
+    link: int
+    into: int
+    ends: tuple[int, ...]
+
+
+def _both(
+    target: Target, forth: _Way, back: _Way, name: str, report: Report, limit: int
+) -> Iterator[int]:
+    """The way forth; when it is cut, from the other end as far as that leads."""
     seen: set[int] = set()
-    where = head
+    reason = yield from _along(target, forth, seen, limit)
+    if not reason:
+        return
+    count = len(seen)
+    if count < limit:
+        yield from _along(target, back, seen, limit)
+    found = len(seen) - count
+    report.stop(name, count, reason + (f"; {found} more from its tail" if found else ""))
+
+
+def _along(target: Target, way: _Way, seen: set[int], limit: int) -> Generator[int, None, str]:
+    """The elements on the way, each added to `seen`; then why it ended early, "" if it did not."""
+    where = way.first
     while True:
         try:
-            element = target.pointer(where)
+            element = target.pointer(where) - way.into
         except FaultError as fault:
-            reason = f"the link at {where:#x} is {fault.reason}"
-            report.stop(name, len(seen), reason)
-            return
-        if element in ends:
-            return
+            return f"the link at {where:#x} is {fault.reason}"
+        if element in way.ends:
+            return ""
         if element in seen:
-            reason = f"{element:#x} was met before (the list runs in a circle)"
-            report.stop(name, len(seen), reason)
-            return
+            return f"{element:#x} was met before (the list runs in a circle)"
         if len(seen) >= limit:
-            report.stop(name, len(seen), f"more than {limit} elements")
-            return
+            return f"more than {limit} elements"
         seen.add(element)
         yield element
-        where = next_at(element)
+        where = element + way.link

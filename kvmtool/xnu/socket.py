@@ -160,7 +160,10 @@ class SocketReader:
         flags = raw.pop("state")
         pcb = raw["pcb"]
         there = isinstance(pcb, int) and pcb != 0
-        inet = unix = control = state = None
+        inet = unix = control = None
+        state = family if isinstance(family, Unreadable) else None
+        if isinstance(pcb, Unreadable) and family in (AF_INET, AF_INET6):
+            state = pcb if protocol == IPPROTO_TCP else None
         if family in (AF_INET, AF_INET6) and there:
             if self.inpcbs is None:
                 self.missing = self._without
@@ -198,7 +201,10 @@ class SocketReader:
                 path = self.unpcbs.read(peer).path
                 peer = f"{peer:#x}" if path is None else path
             return socket.unix.path, peer or None
-        return socket.control, None
+        lost = socket.family
+        if not isinstance(lost, Unreadable):
+            lost = socket.pcb if socket.family in (AF_UNIX, AF_INET, AF_INET6) else None
+        return (lost, lost) if isinstance(lost, Unreadable) else (socket.control, None)
 
     def _protocol(self, protosw: Any) -> tuple[Any, Any]:
         """(family, protocol) by the protocol switch entry; (None, None) for a socket without."""

@@ -16,14 +16,25 @@ if TYPE_CHECKING:
 
     from kvmtool.target import Target
     from kvmtool.xnu.proc import Proc
+    from kvmtool.xnu.queues import Report
 
 
-def find_process(procs: Iterable[Proc], pid: int) -> Proc:
-    """The process with that pid. Raises `NotFoundError`."""
+def find_process(procs: Iterable[Proc], pid: int, report: Report | None = None) -> Proc:
+    """The process with that pid; `report` is where `procs` says what it missed.
+
+    Raises `NotFoundError`.
+    """
     for proc in procs:
         if proc.pid == pid:
             return proc
-    raise NotFoundError("process", str(pid))
+    raise no_process(pid, report)
+
+
+def no_process(pid: int, report: Report | None) -> NotFoundError:
+    """That there is no such process, as far as the lists could be read."""
+    torn = report is not None and report.stops
+    hint = f"not every process could be read: {report.stops[0]}" if report and torn else ""
+    return NotFoundError("process", str(pid), hint=hint)
 
 
 def table_root(target: Target, proc: Proc) -> int:

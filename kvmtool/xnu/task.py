@@ -78,20 +78,15 @@ class TaskReader:
         inside = offset_of(target.types, "processor_set", "tasks")
         return None if pset is None or inside is None else pset.address + inside
 
-    def proc_of(self, task: int) -> int | None:
-        """Address of a task's proc; None if it has none, or its page cannot be read."""
+    def proc_of(self, task: int) -> Any:
+        """Address of a task's proc; None if it has none, `Unreadable` where that cannot be told."""
         fields = self._task.read(task)
         if self.computed is None:
-            proc = fields["bsd_info"]
-            return None if isinstance(proc, Unreadable) else proc or None
+            return fields["bsd_info"] or None
         flags = fields["flags"]
-        has_proc = isinstance(flags, int) and flags & TF_HASPROC
-        return task - self.computed if has_proc else None
-
-    def lost(self, task: int) -> bool:
-        """Whether it cannot be read whose task it is."""
-        member = "bsd_info" if self.computed is None else "flags"
-        return isinstance(self._task.read(task)[member], Unreadable)
+        if isinstance(flags, Unreadable):
+            return flags
+        return task - self.computed if flags & TF_HASPROC else None
 
     def state(self, task: Any) -> tuple[Any, Any]:
         """(state letter of ps, number of threads) of the task at `task`."""
@@ -100,29 +95,35 @@ class TaskReader:
         fields = self._task.read(task)
         if isinstance(fields["first"], Unreadable):
             return fields["first"], fields["first"]
-        letters, count = self._thread_letters(task + self._threads, fields["first"])
-        if isinstance(count, Unreadable):
-            return count, count
+        letters, count, lost = self._thread_letters(task + self._threads, fields["first"])
         suspended = fields["suspended"]
         if isinstance(suspended, int) and suspended > 0:
             return "T", count
+        missing = suspended if isinstance(suspended, Unreadable) else lost
+        if missing is not None:
+            return missing, count
         return next((letter for letter in _ORDER if letter in letters), "?"), count
 
-    def _thread_letters(self, head: int, first: int) -> tuple[set[str], Any]:
+    def _thread_letters(self, head: int, first: int) -> tuple[set[str], Any, Unreadable | None]:
+        """(the letters of all threads, how many there are, what of the letters is missing)."""
         letters: set[str] = set()
+        lost: Unreadable | None = None
         seen: set[int] = set()
         thread = first
         while thread not in (0, head):
             if thread in seen or len(seen) >= _THREADS:
-                return letters, Unreadable(f"threads run in a circle at {thread:#x}")
+                circle = Unreadable(f"threads run in a circle at {thread:#x}")
+                return letters, circle, circle
             seen.add(thread)
             fields = self._thread.read(thread)
             if isinstance(fields["state"], int):
                 letters.add(letter(fields["state"]))
+            else:
+                lost = fields["state"]
             if isinstance(fields["next"], Unreadable):
-                return letters, fields["next"]
+                return letters, fields["next"], fields["next"]
             thread = fields["next"]
-        return letters, len(seen)
+        return letters, len(seen), lost
 
 
 def letter(state: int) -> str:

@@ -8,13 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kvmtool.errors import FaultError, NotFoundError
+from kvmtool.errors import FaultError
 from kvmtool.target import Record, offset_of, unsigned
 from kvmtool.unreadable import Unreadable
 from kvmtool.xnu.proc import MAXCOMLEN, text_of
 from kvmtool.xnu.processor import NANOSECOND, abstime_hz, running_on
 from kvmtool.xnu.queues import Difference, Report, walk_queue
 from kvmtool.xnu.recount import Recount
+from kvmtool.xnu.space import no_process
 from kvmtool.xnu.task import TaskReader, letter
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class Thread:
     suspend_count: Any
     active: Any
     options: Any
-    cpu: int | None
+    cpu: Any
 
     @property
     def letter(self) -> Any:
@@ -86,7 +87,7 @@ class Thread:
     @property
     def running(self) -> bool:
         """Whether it was on a CPU: what it had saved when it last left one is stale then."""
-        return self.cpu is not None
+        return isinstance(self.cpu, int)
 
 
 class _Owner(NamedTuple):
@@ -131,14 +132,15 @@ class ThreadReader:
         self._owners: dict[int, _Owner] = {}
         self._hz = abstime_hz(target)
         self._recount = Recount(target)
-        self.cpus = running_on(target)
+        self._running = running_on(target)
 
     def read(self, address: int) -> Thread:
         """The thread at `address`. Never raises `FaultError`."""
         raw = self._record.read(address)
         task = raw["task"]
-        if self._ro is not None and not isinstance(raw["tro"], Unreadable):
-            task = self._ro.read(raw["tro"])["task"]
+        if self._ro is not None:
+            at = raw["tro"]
+            task = at if isinstance(at, Unreadable) else self._ro.read(at)["task"]
         owner = self.owner(task)
         active = raw["active"]
         name, wmesg = self._texts(address, raw["uthread"])
@@ -153,9 +155,16 @@ class ThreadReader:
             user_time=user,
             system_time=system,
             active=active if not isinstance(active, int) else bool(active >> self._active_bit & 1),
-            cpu=self.cpus.get(address),
+            cpu=self._cpu(address, raw["state"]),
             **{name: raw[name] for name in _PLAIN},
         )
+
+    def _cpu(self, address: int, state: Any) -> Any:
+        """The CPU it was running on; None for one that was not, as one that waits."""
+        cpus, lost = self._running
+        if address in cpus or lost is None or (isinstance(state, int) and not state & TH_RUN):
+            return cpus.get(address)
+        return lost
 
     def owner(self, task: Any) -> _Owner:
         """The process of the task at `task`."""
@@ -169,8 +178,8 @@ class ThreadReader:
 
     def _owner(self, task: int) -> _Owner:
         proc = self.tasks.proc_of(task)
-        if proc is None:
-            return _Owner(None, None)
+        if not isinstance(proc, int):
+            return _Owner(proc, proc)
         raw = self._proc.read(proc)
         comm, name = text_of(raw["comm"]), text_of(raw["name"])
         return _Owner(raw["pid"], name if isinstance(name, str) and name else comm)
@@ -246,7 +255,7 @@ def threads(
                 report.differ(Difference(subject, thread.address, ("threads",), ("tasks",), text))
             yield thread
     if not found:
-        raise NotFoundError("process", str(pid))
+        raise no_process(pid or 0, report)
 
 
 def _elsewhere(
