@@ -66,11 +66,12 @@ def row_of(kvm: Kvm, device: Device) -> dict[str, Any]:
             continue
         codes[name] = kvm.code_at(pointer)
         row[name] = Named(pointer, str(codes[name]))
+    odd = next((cell for cell in row.values() if isinstance(cell, Unreadable)), None)
     known = device.type if isinstance(device.type, Unreadable) else TYPES.get(device.type, "?")
     return {
         "kind": device.kind,
         "major": device.major,
-        "driver": _driver(codes),
+        "driver": _driver(codes) if odd is None else odd,
         "type": known,
         **row,
         "ttys": device.ttys,

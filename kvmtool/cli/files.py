@@ -84,6 +84,8 @@ def row_of(reader: FileReader, file: OpenFile) -> dict[str, Any]:
     }
     if isinstance(file.device, int):
         row["device"] = [file.device >> 24 & 0xFF, file.device & 0xFFFFFF]
+    elif isinstance(file.device, Unreadable):
+        row["device"] = file.device
     if file.vnode is not None:
         mount = file.vnode.mount
         missing = isinstance(mount, Unreadable)

@@ -63,6 +63,7 @@ class _Found(NamedTuple):
     said: Said
     stack: Backtrace | None
     printed: list[Frame]
+    unknown: Unreadable | None = None  # why it cannot be told whether it panicked
 
 
 def _container_log(kvm: Kvm, report: Report) -> Log | None:
@@ -104,9 +105,12 @@ def _look(kvm: Kvm, report: Report) -> _Found:
         Frame(pc, fp, stacks.unwinder.code(pc, returns=True), "return") for fp, pc in said.frames
     ]
     evidence = _evidence(string, said, stack)
-    if not evidence:  # a stack is the panic's only if there was one
-        stack = None
-    return _Found(evidence, string, xnu.panic_header(target), log, said, stack, printed)
+    unknown = None
+    if not evidence and stack is not None:  # it is the panic's only if there was one
+        unknown = Unreadable(f"the stack: {stack.stop}") if stack.unreadable else None
+        stack = stack if unknown is not None else None
+    header = xnu.panic_header(target)
+    return _Found(evidence, string, header, log, said, stack, printed, unknown)
 
 
 def _memory_log(kvm: Kvm, report: Report, outside: Log | None) -> Log | None:
@@ -124,6 +128,13 @@ def _memory_log(kvm: Kvm, report: Report, outside: Log | None) -> Log | None:
         return None
     report.stops.extend(own.stops)
     return log
+
+
+def _panicked(found: _Found) -> Any:
+    if found.evidence:
+        return True
+    missing = found.format if found.format is not None else found.unknown
+    return missing if missing is not None else False
 
 
 def _evidence(string: Any, said: Said, stack: Backtrace | None) -> list[str]:
@@ -170,7 +181,7 @@ def record_of(kvm: Kvm, found: _Found) -> dict[str, Any]:
     frames = [*(stack.frames if stack is not None else ()), *found.printed]
     return {
         # without the string a panic can be shown, but not denied
-        "panicked": bool(found.evidence) or (found.format if found.format is not None else False),
+        "panicked": _panicked(found),
         "evidence": found.evidence,
         "message": said.message,
         "format": found.format,

@@ -9,6 +9,7 @@ import click
 from kvmtool.cli.command import Sectioned
 from kvmtool.cli.listing import Listing, listing_options, opened
 from kvmtool.cli.render import Column
+from kvmtool.unreadable import Unreadable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,6 +49,8 @@ def _row(group: str, name: str, value: Any, unit: str, page: Any) -> dict[str, A
     size = value if unit == "bytes" else None
     if unit == "pages" and isinstance(value, int):
         size = value * page if isinstance(page, int) else page
+    elif isinstance(value, Unreadable):
+        size = value if unit == "pages" else size
     return {"group": group, "counter": name, "value": value, "unit": unit, "bytes": size}
 
 

@@ -93,8 +93,12 @@ class Socket:
     @property
     def protocol_name(self) -> Any:
         """tcp, udp, icmp, …; control or event of system sockets; stream or dgram of local ones."""
+        if isinstance(self.family, Unreadable):
+            return self.family
         if self.of_internet:
-            return inet_protocol(self.protocol, self.inet)
+            lost = self.inet is None and isinstance(self.pcb, Unreadable)
+            known = self.protocol in (IPPROTO_TCP, IPPROTO_UDP)
+            return self.pcb if lost and not known else inet_protocol(self.protocol, self.inet)
         if self.family == AF_SYSTEM:
             return named(SYSTEM_PROTOCOLS, self.protocol)
         return self.type_name
@@ -114,7 +118,9 @@ def inet_protocol(protocol: Any, pcb: Inpcb | None) -> Any:
     """The protocol's name; of a raw socket that of the packets it gets."""
     if protocol in (IPPROTO_TCP, IPPROTO_UDP):
         return PROTOCOLS[protocol]
-    wanted = pcb.protocol if pcb is not None and isinstance(pcb.protocol, int) else 0
+    wanted = pcb.protocol if pcb is not None else 0
+    if isinstance(wanted, Unreadable):
+        return wanted
     return named(PROTOCOLS, wanted or protocol or IPPROTO_RAW)
 
 

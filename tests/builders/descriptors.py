@@ -124,6 +124,7 @@ class Descriptors:
             signed = ("filedesc", "fd_ofiles") in types.signed
             ground.memory.put_pointer(files + fd * width, where if signed else fileproc.address)
             found[fd] = truth | {"slot": "open", "fileproc": fileproc.address}
+            found[fd]["places"] = [table.address, files + fd * width, flags + fd]
         return found
 
     def _open(self, file: Fd) -> tuple[Record, dict[str, Any]]:

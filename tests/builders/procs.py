@@ -329,5 +329,8 @@ class Processes:
             "address": self.procs[spec.pid].address,
             "task": None if spec.zombie else self.tasks[spec.pid].address,
             "ucred": self._cred_of[spec.pid],
+            "pgrp": self.pgrps[spec.pgid].address,
+            "session": self._sessions[spec.sid].address,
+            "proc_ro": self.read_only[spec.pid].address if spec.pid in self.read_only else None,
             "threads": list(zip(self.threads.get(spec.pid, ()), spec.threads, strict=True)),
         }
