@@ -94,7 +94,8 @@ class CodeMap:
     def parts(self) -> Iterator[Part]:
         """The kernel's code, named "segment,section".
 
-        Of a kernel whose sections do not say what they hold, its executable segments.
+        Of a kernel whose sections do not say what they hold, its executable segments, without the
+        header, which the booter changes.
         """
         kernel = self._kvm.kernel
         if kernel is None:
@@ -111,8 +112,9 @@ class CodeMap:
             for segment in kernel.segments:
                 if segment.initprot & VM_PROT_EXECUTE and own(segment.segname):
                     start = segment.vmaddr + self.shift
-                    size = min(segment.vmsize, segment.filesize)
-                    yield Part(segment.segname, start, start + size, segment.fileoff)
+                    end = start + min(segment.vmsize, segment.filesize)
+                    head = 0 if segment.fileoff else kernel.header_size + kernel.sizeofcmds
+                    yield Part(segment.segname, min(start + head, end), end, segment.fileoff + head)
 
     @cached_property
     def _loaded(self) -> tuple[list[KextInfo], bool]:

@@ -35,6 +35,8 @@ KERNEL_COLUMNS = (
 def symbol(addresses: tuple[AddressExpr, ...], format: str, where: Where) -> None:
     """Print what lies at each ADDRESS, as name+offset [kext].
 
+    In a kext whose symbols are not known, OFFSET counts from its beginning.
+
     Exit status: 0 when all are known, 3 when some are, 1 when none is.
 
     \b
@@ -46,18 +48,19 @@ def symbol(addresses: tuple[AddressExpr, ...], format: str, where: Where) -> Non
     for expression in addresses:
         address = expression.within(kvm)
         found = kvm.symbol_at(address)
-        if found is None:
+        place = kvm.code_at(address) if found is None else found
+        if found is None and place.kext is None:
             say(f"{address:#x} is in no segment of the kernel, and in no kext")
             continue
         if format == "table":
-            click.echo(f"{address:#x} {visible(str(found))}")
+            click.echo(f"{address:#x} {visible(str(place))}")
         rows.append(
             {
                 "address": address,
-                "symbol": found.symbol.name,
-                "offset": found.offset,
-                "kext": found.kext,
-                "symbol_address": found.symbol.address,
+                "symbol": None if found is None else found.symbol.name,
+                "offset": place.offset,
+                "kext": place.kext,
+                "symbol_address": None if found is None else found.symbol.address,
             }
         )
     if format != "table":

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from kvmtool.types import layouts
 from tests.builders import xnu
+from tests.builders.counters import Counters
 from tests.builders.descriptors import Descriptors
 from tests.builders.filesystem import FileSystem
 from tests.builders.machine_facts import Facts
 from tests.builders.maps import Maps
+from tests.builders.network import Network
 from tests.builders.ram import Ram
 from tests.builders.sockets import Sockets
 from tests.builders.specs import SSTOP, TH_RUN, TH_SUSP, TH_UNINT, TH_WAIT, KextSpec, ProcSpec
@@ -88,6 +90,9 @@ def everything(ground: Ground) -> dict[str, Any]:
     """Every part there is."""
     files, tables = FileSystem(ground), Tables(ground)
     truth = files.plant() | tables.traps() | tables.sysctls() | Stacks(ground).plant()
+    truth |= Counters(ground, [cpu["address"] for cpu in truth["processors"]]).plant()
+    if ground.types.has("ifnet"):
+        truth |= Network(ground).plant()
     if has_sysent(ground.types.layout):
         truth |= tables.sysent()
     maps = Maps(ground)

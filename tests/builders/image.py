@@ -24,6 +24,7 @@ _RETURN = {
     "arm64": bytes.fromhex("7f2303d5ff0f5fd6").ljust(16, b"\0"),
 }
 _CONST_SIZE = 0x1000
+_INSTRUCTIONS = 0x80000400  # S_ATTR_PURE_INSTRUCTIONS, S_ATTR_SOME_INSTRUCTIONS
 _STEP = 0x40000  # between segments whose place nobody asked for
 
 
@@ -181,7 +182,7 @@ class KernelImage:
             text_end = self.places.data
         const = Section("__const", "__TEXT", self._consts - self.slide, _CONST_SIZE)
         code_base = self._code_base - self.slide
-        code = Section("__text", self._code.name, code_base, code_size)
+        code = Section("__text", self._code.name, code_base, code_size, _INSTRUCTIONS)
         in_text = [const] if self.arch == "arm64" else [const, code]
         content = bytes(self._text.data).ljust(text_end - self.places.text, b"\0")
         file.segment("__TEXT", self.places.text, content, fileoff=0, prot=5, sections=in_text)

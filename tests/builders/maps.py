@@ -172,7 +172,8 @@ class Maps:
                 for name in ("vme_object_or_delta", "vme_object")
                 if types.has("vm_map_entry", name)
             )
-            base = {"x86_64": 0xFFFFFF8000000000, "arm64": 0xFFFFFE0000000000}
+            # VM_PAGE_PACKED_PTR_BASE: VM_MIN_KERNEL_AND_KEXT_ADDRESS
+            base = {"x86_64": 0xFFFFFF7F80000000, "arm64": 0xFFFFFE0000000000}
             entry.u32(member, at - base[self._ground.image.arch] >> 6)
         elif types.has("vm_map_entry", "vme_object"):
             entry.ptr("vme_object", at)

@@ -62,8 +62,11 @@ class Stacks:
                 else:
                     self._record(thread).ptr("continuation", self._continuation)
                     truth |= {"continuation": self._continuation, "stack": 0, "calls": []}
-        self._processors(running)
-        return {"threads": found, "registers": [found[thread]["registers"] for thread in running]}
+        return {
+            "threads": found,
+            "registers": [found[thread]["registers"] for thread in running],
+            "processors": self._processors(running, min(found)),
+        }
 
     def _record(self, thread: int) -> Record:
         return Record(self._types, self._ground.zones["thread"], "thread", thread)
@@ -118,16 +121,57 @@ class Stacks:
             above = 0 if self._types.has("thread", "thread_id") else 4
             words(top - 24 - above, 1, sp, fp, 4, 5, pc)
 
-    def _processors(self, threads: list[int]) -> None:
-        """processor_list: one for each thread that runs."""
-        types = self._types
-        places = [self._ground.record("processor") for _ in threads]
+    def _processors(self, threads: list[int], idle: int) -> list[dict[str, Any]]:
+        """processor_list: one for each thread that runs; the first idles."""
+        types, ground = self._types, self._ground
+        places = [ground.record("processor") for _ in threads]
         numbers = ("cpu_id", "cpu_num", "processor_data.slot_num")
         number = next((name for name in numbers if types.has("processor", name)), None)
+        pset = ground.bytes(bytes(64))
+        found = []
         for cpu, (record, thread) in enumerate(zip(places, threads, strict=True)):
             record.ptr("active_thread", thread)
+            record.ptr("idle_thread", idle if cpu else thread)
+            record.ptr("processor_set", pset)
+            record.u32("state", 6 if cpu else 4)
+            record.u32("current_pri", 31 + cpu)
             if number is not None:
                 record.u32(number, cpu)
             following = places[cpu + 1].address if cpu + 1 < len(places) else 0
             record.ptr("processor_list", following)
-        self._ground.pointer_variable("_processor_list", places[0].address)
+            found.append(
+                {
+                    "address": record.address,
+                    "cpu": cpu,
+                    "active_thread": thread,
+                    "idle_thread": idle if cpu else thread,
+                    "processor_set": pset,
+                    "state": "running" if cpu else "idle",
+                    "current_pri": 31 + cpu,
+                }
+            )
+        ground.pointer_variable("_processor_list", places[0].address)
+        self._machine(found)
+        return found
+
+    def _machine(self, processors: list[dict[str, Any]]) -> None:
+        """cpu_data_ptr of Intel's, CpuDataEntries {physical, virtual} of arm64's."""
+        ground, width = self._ground, self._ground.memory.width
+        arm = ground.image.arch == "arm64"
+        step = 2 if arm else 1
+        name = "_CpuDataEntries" if arm else "_cpu_data_ptr"
+        table = ground.image.variable(name, step * width * len(processors))
+        for cpu, truth in enumerate(processors):
+            known = self._types.has("cpu_data")
+            truth["interrupts"] = None
+            if known:
+                data = ground.record("cpu_data")
+                data.u32("cpu_preemption_level", cpu + 1)
+                for vector in (0x40, 0xD1):
+                    data.u32("cpu_hwIntCnt", vector + cpu, at=4 * vector)
+                truth["cpu_data"] = data.address
+                truth["interrupts"] = 0x40 + 0xD1 + 2 * cpu
+            else:
+                truth["cpu_data"] = ground.bytes(bytes(64))
+            truth["preemption_level"] = cpu + 1 if known else None
+            ground.words(table + (step * cpu + step - 1) * width, truth["cpu_data"])

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tests.builders.ground import Ground
     from tests.builders.heap import Record
 
-# number -> (name, arguments); the rest of the table is nosys
+# number -> (name, arguments); 0, which is syscall(2) itself, and the rest of the table are nosys
 CALLS = {0: ("syscall", 0), 1: ("exit", 1), 3: ("read", 3), 4: ("write", 3), 20: ("getpid", 0)}
 TRAPS = {26: ("mach_reply_port", 0), 28: ("task_self_trap", 0), 31: ("mach_msg_trap", 7)}
 NSYSENT, NTRAPS = 40, 128
@@ -66,7 +66,7 @@ class Tables:
         found = []
         for number in range(NSYSENT):
             name, arguments = CALLS.get(number, (f"#{number}", 0))
-            handler = f"_{name}" if number in CALLS else "_nosys"
+            handler = f"_{name}" if number in CALLS and number else "_nosys"
             at = table + number * size
             function = image.function(handler)
             image.init_pointer(at + types.offset("sysent", "sy_call"), function, code=True)
