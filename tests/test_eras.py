@@ -158,6 +158,21 @@ def test_args(name, ask):
     }
 
 
+@every_era
+def test_args_without_the_memory_of_processes(name, ask):
+    """Who was started with nothing the kernel knows; of the rest nothing can be read."""
+    truth = whole(name).truth
+    rows = ask(name, "args", status=3, stderr=None)
+    without = {process["pid"] for process in truth["processes"]} - truth["started"].keys()
+    assert 0 in without
+    for row in rows:
+        fields = [row[field] for field in ("path", "args", "env", "apple")]
+        if row["pid"] in without:
+            assert fields == [None, [], [], []]
+        else:
+            assert all("kernel's memory alone" in field["unreadable"] for field in fields)
+
+
 # threads and stacks
 
 

@@ -100,12 +100,12 @@ class BlockReader:
 
 def arguments(block: Block, memory: Memory | Unreadable) -> Arguments:
     """The strings of `block` in the process's own `memory` (or why there is none)."""
+    if not isinstance(block.size, Unreadable) and not block.size:
+        return NOTHING  # no memory is needed to say so
     for missing in (block.start, memory, block.argc):
         if isinstance(missing, Unreadable):
             return Arguments(missing, missing, missing, missing)
     assert not isinstance(memory, Unreadable)
-    if not block.size:
-        return NOTHING
     data, torn = b"", None
     for piece in memory.read_pieces(block.start, block.size):
         if piece.data is None:
