@@ -106,17 +106,18 @@ def test_two_lengths_beyond_reason(name, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_slots_on_a_missing_page_are_counted(name, tmp_path):
-    """1,500 slots lie on two pages or more; one of these is missing."""
-    planted = Planted(name, null(1500))
+    """3,000 slots lie on two pages or more; one of these, without the table itself, is missing."""
+    planted = Planted(name, null(3000))
     page, width = planted.built.memory.page, planted.built.memory.width
-    files = planted.pointer(71, "fd_ofiles")
-    gone = (files + 700 * width) & -page
+    files, table = planted.pointer(71, "fd_ofiles"), planted.tables[71].address
+    slots = [files + slot * width for slot in range(3000)]
+    gone = next(at & -page for at in slots if at & -page != table & -page)
     first = max(0, (gone - files) // width)
-    last = min(1505, (gone + page - files - 1) // width)
+    last = min(3005, (gone + page - files - 1) // width)
     rows, said = ask(planted.write(tmp_path, planted.built.dump(without=[gone])), 3)
     assert f"descriptors of pid 71: slots {first} to {last} are unmapped at " in said
     held = {row["fd"] for row in rows if row["pid"] == 71 and isinstance(row["fd"], int)}
-    assert held == set(range(1500)) - set(range(first, last + 1))
+    assert held == set(range(3000)) - set(range(first, last + 1))
 
 
 @pytest.mark.parametrize("name", NAMES)

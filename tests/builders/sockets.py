@@ -8,11 +8,10 @@ import socket
 import struct
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tests.builders.heap import bsd_list
+from tests.builders.heap import Record, bsd_list
 
 if TYPE_CHECKING:
     from tests.builders.ground import Ground
-    from tests.builders.heap import Record
 
 AF_UNIX, AF_INET, AF_INET6, AF_SYSTEM = 1, 2, 30, 32
 STREAM, DGRAM, RAW = 1, 2, 3
@@ -67,6 +66,7 @@ class Sockets:
     def __init__(self, ground: Ground, last_pid: int) -> None:
         self._ground, self._types = ground, ground.types
         self._last_pid = last_pid
+        self._zone = ground.region("sockets", 4)  # apart from what lies behind them
         self._protocols: dict[tuple[int, int, int], int] = {}
         self._domains: dict[int, int] = {}
         self.of: dict[str, int] = {}
@@ -83,7 +83,7 @@ class Sockets:
         return {"sockets": truth}
 
     def _socket(self, family: int, kind: int, protocol: int, pcb: int) -> Record:
-        found = self._ground.record("socket")
+        found = Record(self._types, self._zone, "socket")
         found.u16("so_type", kind)
         found.ptr("so_pcb", pcb)
         found.ptr("so_proto", self._protocol(family, kind, protocol))
