@@ -100,7 +100,7 @@ class BlockReader:
 
 def arguments(block: Block, memory: Memory | Unreadable) -> Arguments:
     """The strings of `block` in the process's own `memory` (or why there is none)."""
-    if not isinstance(block.size, Unreadable) and not block.size:
+    if block.size == 0:
         return NOTHING  # no memory is needed to say so
     for missing in (block.start, memory, block.argc):
         if isinstance(missing, Unreadable):

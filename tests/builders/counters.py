@@ -12,11 +12,10 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tests.builders.heap import Record
+from tests.builders.usage import CPUS
 
 if TYPE_CHECKING:
     from tests.builders.ground import Ground
-
-CPUS = 2  # copies of what every CPU has, whether it runs or not
 
 
 class ZoneSpec(NamedTuple):
@@ -82,7 +81,7 @@ class Counters:
 
     def plant(self) -> dict[str, Any]:
         """The truth under the names of the `zones` and `vm` commands."""
-        if self._scalable:
+        if self._scalable and not self._types.has("task", "tk_recount"):  # else `Usage` does
             self._number("_zpercpu_early_count", "<I", CPUS)
         pages = {ours: count for ours, (_, count) in PAGES.items()}
         for name, count in PAGES.values():
