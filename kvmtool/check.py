@@ -37,7 +37,7 @@ CHECKS = {
     "filesystems": Check("filesystems", "vfsops and vnode operations, and who uses which"),
     "protocols": Check("networks", "the functions of domains, protocols and their requests"),
     "policies": Check("networks", "the hooks of mandatory access control policies"),
-    "interrupts": Check("vectors", "the gates of the interrupt table"),
+    "interrupts": Check("vectors", "the gates of the interrupt tables, or arm64's vectors"),
     "imports": Check("imports", "the tables by which kexts and the kernel reach other images"),
     "text": Check("pages", "the kernel's code in memory against its file"),
     "processes": Check("lists", "processes that are on one list and not on another"),

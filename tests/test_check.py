@@ -13,6 +13,7 @@ import random
 import shutil
 import struct
 import time
+import zlib
 from typing import NamedTuple
 
 import pytest
@@ -27,7 +28,9 @@ from kvmtool.macho import MachO
 from kvmtool.memory import Piece
 from kvmtool.sample import write
 from kvmtool.source import FileSource
+from kvmtool.xnu.interrupts import narrow_gates
 from tests.builders import chains
+from tests.builders.sparse import Sparse
 from tests.inputs import DUMPS, oracle, plain_core, real, truth
 
 KERNEL = "machine/x86_64-xnu-2422.115.4.mach_kernel"
@@ -59,8 +62,8 @@ def checked(kernel, core, *options):
 class Core:
     """A copy of a Mach-O core to write into, by the kernel's addresses."""
 
-    def __init__(self, tmp_path, core):
-        self.path = str(tmp_path / os.path.basename(core))
+    def __init__(self, tmp_path, core, name=None):
+        self.path = str(tmp_path / (name or os.path.basename(core)))
         shutil.copyfile(core, self.path)
         source = FileSource(core)
         self._segments = [(s.vmaddr, s.filesize, s.fileoff) for s in MachO(source).segments]
@@ -581,6 +584,123 @@ def test_interrupts_by_the_second_mapping(tmp_path):
         ("outside", "interrupt vector 0xe"),
     ]
     assert "looked at 4 pointers" in found.said
+
+
+I386 = "i386-10.5.8"
+TOP = 0xFFE00000  # HIGH_MEM_BASE of a kernel with PAE: osfmk/i386/pmap.h
+
+
+def narrow(handler, access=0x8E):
+    """A gate of 32 bits: Intel SDM vol. 3A, 6.11."""
+    return struct.pack("<HHBBH", handler & 0xFFFF, 8, 0, access, handler >> 16)
+
+
+def wide(handler, access=0x8E):
+    return struct.pack(
+        "<HHBBHII", handler & 0xFFFF, 8, 0, access, handler >> 16 & 0xFFFF, handler >> 32, 0
+    )
+
+
+def test_interrupts_of_i386(tmp_path):
+    """Gates lead to the top of memory, where hi_remap_text lies once more."""
+    core = Core(tmp_path, plain_core(I386))
+    kernel = real(f"dumps/{I386}/mach_kernel")
+    with kvmtool.open(kernel, plain_core(I386)) as kvm:
+        at = {symbol.name: symbol.address for symbol in kvm.symbols}
+
+    def high(name):
+        return at[name] - at["_hi_remap_text"] + TOP
+
+    table = at["_master_idt"]
+    core.write(table, narrow(at["_lo_alltraps"]))
+    core.write(table + 8 * 8, narrow(0, 0x85))  # a task gate: it has no address
+    core.write(table + 13 * 8, narrow(high("_hi_gen_prot")))
+    core.write(table + 14 * 8, narrow(high("_hi_page_fault")))
+    core.write(table + 0x80 * 8, narrow(high("_hi_unix_scall"), 0xEE))
+    core.write(at["_master_idt64"] + 14 * 16, wide(0xFFFFFF80 << 32 | high("_hi_page_fault")))
+    clean = checked(kernel, core.path, "--only", "interrupts")
+    assert (clean.code, clean.rows) == (0, [])
+    assert "looked at 4 pointers in the interrupt table, 1 pointers in" in clean.said
+    core.write(table + 13 * 8, narrow(0x12345678))
+    core.write(table + 0x80 * 8, narrow(TOP + 0x5000, 0xEE))  # behind what lies there
+    core.write(at["_master_idt64"] + 14 * 16, wide(0xFFFFFF8012345678))
+    found = checked(kernel, core.path, "--only", "interrupts")
+    assert [(row["kind"], row["where"], row["found"]["address"]) for row in found.rows] == [
+        ("outside", "interrupt vector 0xd", "0x12345678"),
+        ("outside", "interrupt vector 0x80", hex(TOP + 0x5000)),
+        ("outside", "interrupt vector 0xe of 64 bits", "0x12345678"),
+    ]
+
+
+@pytest.mark.parametrize("base", [TOP, 0xFFC00000])
+def test_the_top_of_memory_must_be_what_it_stands_for(base):
+    made = Sparse("10.5.8 i386")
+    text = made.alloc(b"\xc3" * 0x100)
+    made.symbols |= {"_hi_remap_text": text, "_hi_remap_etext": text + 0x100}
+    made.variable("_master_idt", narrow(base + 0x20).ljust(8 * 256, b"\0"))
+    assert [(g.number, g.handler) for g in narrow_gates(made.target())] == [(0, text + 0x20)]
+    top = made.more("top", base)
+    top.write(top.alloc(0x1000), b"\xc3" * 0x100)
+    assert [g.handler for g in narrow_gates(made.target())] == [text + 0x20]
+    top.write(base + 0x20, b"\xe9")
+    (gate,) = narrow_gates(made.target())
+    assert gate.handler == gate.mapped == base + 0x20
+
+
+ARM = "machine/arm64-xnu-4903.221.2-bcm2837.mach_kernel"
+
+
+@pytest.fixture
+def arm(tmp_path):
+    """The core inside the corefile that an arm64 kernel wrote, to write into."""
+    with open(real("machine/armc.corefile"), "rb") as file:
+        file.seek(0x6000)  # data README
+        content = zlib.decompressobj(31).decompress(file.read())
+    (tmp_path / "whole").write_bytes(content)
+    return Core(tmp_path, str(tmp_path / "whole"), "arm")
+
+
+def test_exception_vectors_of_arm64(arm):
+    clean = checked(real(ARM), arm.path, "--only", "interrupts")
+    assert (clean.code, clean.rows) == (0, [])
+    assert "looked at 16 exception vectors" in clean.said
+    with kvmtool.open(real(ARM), arm.path) as kvm:
+        base, elsewhere = kvm.address("_ExceptionVectorsBase"), kvm.address("_panic")
+    jump = 0x14000000 | (elsewhere - (base + 0x400)) >> 2 & 0x3FFFFFF
+    arm.write(base + 0x400, struct.pack("<I", jump))
+    arm.write(base + 0x684, b"\x01\x02\x03\x04")
+    found = checked(real(ARM), arm.path, "--only", "interrupts")
+    assert found.code == 3
+    assert [(row["kind"], row["where"], row["address"]) for row in found.rows] == [
+        (
+            "differs",
+            "the vector for synchronous exceptions from 64-bit processes",
+            hex(base + 0x400),
+        ),
+        ("differs", "the vector for interrupts from 32-bit processes", hex(base + 0x684)),
+    ]
+    assert found.rows[0]["evidence"].startswith("code goes to _panic: ")
+
+
+@pytest.mark.parametrize("register", ["VBAR_EL1", "VBAR"])
+def test_the_vectors_that_a_processor_uses(arm, register, monkeypatch):
+    """They may lie elsewhere, but must be the same."""
+    with kvmtool.open(real(ARM), arm.path) as kvm:
+        base, other = kvm.address("_ExceptionVectorsBase"), kvm.address("_version") & ~0x7FF
+        facts = kvm.facts
+
+        def of(*vbar):
+            control = tuple({register: value} for value in vbar)
+            monkeypatch.setattr(type(kvm), "facts", facts._replace(control=control))
+            (outcome,) = check(kvm, ["interrupts"])
+            return outcome
+
+        assert of(base, 0).findings == []
+        assert of(base).looked["exception vectors in use"] == 1
+        assert of(other - 0x100000000).unreadable
+        (found,) = of(base, other).findings
+    assert (found.kind, found.where) == ("other", "VBAR_EL1 of CPU 1")
+    assert found.evidence == f"{other:#x} holds other vectors than those at {base:#x}"
 
 
 # as llvm-mc 14 encodes them

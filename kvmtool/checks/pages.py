@@ -47,11 +47,10 @@ class Change(NamedTuple):
 
 def text(case: Case, outcome: Outcome) -> None:
     """Each page of the kernel's code is as in its file, but for what is known to change it."""
-    kernel = case.kvm.kernel
-    if kernel is None or isinstance(kernel.source, LoadedImage):
-        outcome.absent.append("no kernel file to compare with: name it with -N")
+    kernel = file_of(case, outcome)
+    if kernel is None:
         return
-    comparison = _Comparison(case, outcome, kernel)
+    comparison = Comparison(case, outcome, kernel)
     code = list(case.code.parts())
     for part in code:
         changes, pages = comparison.changes(part, _CODE)
@@ -73,6 +72,15 @@ def text(case: Case, outcome: Outcome) -> None:
             outcome.add(EXPECTED, INFO, part.name, part.start, None, "moved", f"changed: {what}")
         for change in changes[len(header) : _MOST]:
             comparison.tell(DIFFERS, INFO, change, f"a constant of {part.name} differs")
+
+
+def file_of(case: Case, outcome: Outcome) -> MachO | None:
+    """The kernel's file; without one the outcome says so."""
+    kernel = case.kvm.kernel
+    if kernel is not None and not isinstance(kernel.source, LoadedImage):
+        return kernel
+    outcome.absent.append("no kernel file to compare with: name it with -N")
+    return None
 
 
 def _pages(part: Part) -> int:
@@ -97,7 +105,7 @@ def _constants(case: Case, kernel: MachO, code: list[Part]) -> Iterator[Part]:
             yield Part(segment.segname, start, end, offset)
 
 
-class _Comparison:
+class Comparison:
     """Memory against one kernel's file."""
 
     def __init__(self, case: Case, outcome: Outcome, kernel: MachO) -> None:
@@ -156,7 +164,7 @@ class _Comparison:
                     if len(found) <= _MOST:
                         found += page
         self._outcome.count(what, -(-looked // _PAGE))
-        if missing and what == _CODE:
+        if missing and what != _CONSTANTS:
             size = part.end - part.start
             text = f"{part.name}: {missing:#x} of {size:#x} bytes cannot be read, {first}"
             self._outcome.failed.append(text)
@@ -178,27 +186,27 @@ class _Comparison:
                 yield _changes(address + at, was + more, data[at : at + size + _AROUND], size)
             at += size
 
-    def judge(self, change: Change) -> None:
-        """Tell a change of code, unless something is known to make it."""
+    def judge(self, change: Change, place: str = "") -> None:
+        """Tell a change of code, unless something is known to make it; `place` says where it is."""
         if self._arch.startswith("arm64"):  # whole instructions
             change = self._from(change, change.address % 4)
         if detour.is_probe(self._arch, change.was, change.now, change.size):
-            self.tell(EXPECTED, INFO, change, "a probe of dtrace")
+            self.tell(EXPECTED, INFO, change, "a probe of dtrace", place=place)
             return
         if detour.is_lock_probe(change.was, change.now) and change.address in self._lock_probes:
-            self.tell(EXPECTED, INFO, change, "a lockstat probe of dtrace")
+            self.tell(EXPECTED, INFO, change, "a lockstat probe of dtrace", place=place)
             return
         if detour.is_breakpoint(self._arch, change.now):
-            self.tell(DIFFERS, MEDIUM, change, "a breakpoint")
+            self.tell(DIFFERS, MEDIUM, change, "a breakpoint", place=place)
             return
         for back in (0, 1):  # the first byte may be what it was before
             whole = self._from(change, back)
             target = detour.target_of(self._arch, whole.now, whole.address)
             if target is not None:
                 code = self._case.kvm.code_at(target)
-                self.tell(DIFFERS, HIGH, whole, f"code goes to {code}", code)
+                self.tell(DIFFERS, HIGH, whole, f"code goes to {code}", code, place)
                 return
-        self.tell(DIFFERS, HIGH, change, "code differs")
+        self.tell(DIFFERS, HIGH, change, "code differs", place=place)
 
     def _from(self, change: Change, back: int) -> Change:
         """The change from some bytes before on."""
@@ -217,10 +225,16 @@ class _Comparison:
         return Change(address, size, was + change.was, data + change.now)
 
     def tell(
-        self, kind: str, severity: str, change: Change, what: str, found: Code | None = None
+        self,
+        kind: str,
+        severity: str,
+        change: Change,
+        what: str,
+        found: Code | None = None,
+        place: str = "",
     ) -> None:
         """A finding: where, and which bytes."""
-        where = str(self._case.kvm.symbol_at(change.address) or hex(change.address))
+        where = place or str(self._case.kvm.symbol_at(change.address) or hex(change.address))
         shown = min(change.size, _AROUND)
         more = " …" if change.size > shown else ""
         was, now = (data[:shown].hex(" ") + more for data in (change.was, change.now))
