@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 ADDRESS_LIMIT = 1 << 64
 _FIND_PIECE = 64 << 20  # bytes searched between two words about how far it is
+_SPARSE = 1 << 20  # bytes of a run in which holes of the file are worth a look
 ZERO_FILL = (1 << 64) - 1  # the offset of bytes that the image defines as zero (its bss)
 
 
@@ -218,6 +219,24 @@ class RunMemory:
                 yield address, stop - address, inside
             address = stop
 
+    def stored(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """The parts (from, to) of the addresses [start, end) that the file holds bytes of.
+
+        All others read as zeros, or not at all: a sparse file need not be read to know that.
+        """
+        for address, size, offset in self.spans(start, end - start):
+            if offset is not None and offset != ZERO_FILL:
+                for first, last in self._stored(offset, offset + size):
+                    yield address + first - offset, address + last - offset
+
+    def _stored(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """See `FileSource.stored`; what is read sooner than asked about counts as stored."""
+        parts = getattr(self.source, "stored", None)
+        if parts is None or end - start < _SPARSE:
+            yield start, end
+        else:
+            yield from parts(start, end)
+
     def _reason(self, address: int) -> str:
         at = bisect_right(self._lost, (address, ADDRESS_LIMIT)) - 1
         return "absent" if at >= 0 and address < self._lost[at][1] else "unmapped"
@@ -240,15 +259,17 @@ class RunMemory:
         for start, end, offset in zip(self._starts, self._ends, self._offsets, strict=True):
             if offset == ZERO_FILL:
                 continue
-            stop = offset + end - start
-            at = self._find(needle, offset, stop)
-            while at >= 0:
-                address = start + at - offset
-                beside = -address % step
-                if beside == 0:
-                    yield address
-                    beside = step
-                at = self._find(needle, at + beside, stop)
+            whole = offset, offset + end - start
+            # what holds a zero may lie in a hole of the file
+            for first, stop in (whole,) if 0 in needle else self._stored(*whole):
+                at = self._find(needle, first, stop)
+                while at >= 0:
+                    address = start + at - offset
+                    beside = -address % step
+                    if beside == 0:
+                        yield address
+                        beside = step
+                    at = self._find(needle, at + beside, stop)
         progress.end("searching")
 
     def _find(self, needle: bytes, start: int, stop: int) -> int:

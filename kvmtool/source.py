@@ -6,12 +6,16 @@ mapped, never slurped, so a 100 GB image costs what is touched.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import stat
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from kvmtool.errors import FormatError, TruncatedError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _FIND_CHUNK = 1 << 20
 
@@ -53,6 +57,7 @@ class FileSource:
                 kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
                 raise FormatError(path, None, f"is {kind}, expected a file")
             self.size = status.st_size
+            self._identity = status.st_dev, status.st_ino
             self._map = mmap.mmap(fd, 0, access=mmap.ACCESS_READ) if self.size else None
         finally:
             os.close(fd)
@@ -69,6 +74,25 @@ class FileSource:
             return self.read_at(off, size)
         return memoryview(self._map)[off : off + size]
 
+    def stored(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """The parts (from, to) of [start, end) that the disk has: all between them is zeros.
+
+        Everything is one part where the file system does not tell, or `name` is another file now.
+        """
+        end = min(end, self.size)
+        fd = _opened_again(self.name, self._identity)
+        if fd is None:
+            yield start, end
+            return
+        try:
+            while start < end:
+                begin, stop = _next_part(fd, start, end)
+                if begin < stop:
+                    yield begin, stop
+                start = stop
+        finally:
+            os.close(fd)
+
     def find(self, needle: bytes, start: int, end: int) -> int:
         """See `Source.find`."""
         if self._map is None or start >= self.size:
@@ -83,6 +107,30 @@ class FileSource:
             self._map.close()
         except BufferError:  # a view is left, as in the traceback of an error: the map goes with it
             self._map = None
+
+
+def _opened_again(path: str, identity: tuple[int, int]) -> int | None:
+    """The file that was mapped: mmap keeps no descriptor that one could ask."""
+    if not hasattr(os, "SEEK_DATA"):
+        return None
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return None
+    status = os.fstat(fd)
+    if (status.st_dev, status.st_ino) != identity:
+        os.close(fd)
+        return None
+    return fd
+
+
+def _next_part(fd: int, start: int, end: int) -> tuple[int, int]:
+    """What of [start, end) is stored first; (end, end) when nothing more is (lseek(2))."""
+    try:
+        begin = os.lseek(fd, start, os.SEEK_DATA)
+        return (begin, min(os.lseek(fd, begin, os.SEEK_HOLE), end)) if begin < end else (end, end)
+    except OSError as error:
+        return (end, end) if error.errno == errno.ENXIO else (start, end)
 
 
 class BytesSource:

@@ -23,12 +23,15 @@ _CHUNK = 1 << 20
 
 
 def chunks(physical: Memory, progress: Progress | None) -> Iterator[tuple[int, memoryview]]:
-    """All whole pages of memory, as (physical address, the 64-bit words from there on)."""
+    """All whole pages of memory, as (physical address, the 64-bit words from there on).
+
+    But for those that are holes in a sparse file: they are zeros, and nothing looked for is.
+    """
     regions = list(physical.regions())
     total, done = sum(region.size for region in regions), 0
     for region in regions:
         end = region.start + region.size
-        for at in range(region.start + -region.start % PAGE, end, _CHUNK):
+        for at in _stored(physical, region.start, end):
             for piece in physical.read_pieces(at, min(_CHUNK, end - at)):
                 if piece.data is not None:
                     first = -piece.address % PAGE
@@ -40,6 +43,17 @@ def chunks(physical: Memory, progress: Progress | None) -> Iterator[tuple[int, m
         done += region.size
     if progress is not None:
         progress(total, total)
+
+
+def _stored(physical: Memory, start: int, end: int) -> Iterator[int]:
+    """Where the chunks of a region begin that are not holes altogether, each at a page."""
+    parts = getattr(physical, "stored", None)
+    at = start + -start % PAGE
+    for first, last in ((start, end),) if parts is None else parts(start, end):
+        if last > at:
+            at += max(0, first - at) // PAGE * PAGE
+            yield from range(at, last, _CHUNK)
+            at += -(-(last - at) // _CHUNK) * _CHUNK
 
 
 def _words(data: bytes) -> memoryview:

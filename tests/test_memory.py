@@ -281,6 +281,24 @@ def test_find_is_a_search_in_every_run(data, needle, step, cut):
     assert list(memory.find(needle, step)) == expected
 
 
+def test_holes_of_the_file_are_passed_over_and_nothing_else_is(tmp_path):
+    size = 16 << 20
+    with open(tmp_path / "memory", "wb") as out:
+        for at in (5 << 20, (9 << 20) + 4094, size - 6):
+            out.seek(at)
+            out.write(b"needle")
+        out.truncate(size)
+    source = FileSource(str(tmp_path / "memory"))
+    memory = memory_of([Run(0x1000, size, 0)], source=source)
+    plain = memory_of([Run(0x1000, size, 0)], source=BytesSource(source.read_at(0, size), "file"))
+    for needle in (b"needle", b"e", b"\0n", b"e\0\0", b"\0needle\0"):
+        assert list(memory.find(needle, 2)) == list(plain.find(needle, 2)), needle
+    parts = list(memory.stored(0x1000, 0x1000 + size))
+    for at in plain.find(b"needle"):
+        assert any(first <= at and at + 6 <= last for first, last in parts)
+    source.close()
+
+
 # very many runs
 
 

@@ -208,11 +208,49 @@ def test_no_file_descriptor_stays_open(tmp_path):
         out.write(b"abc")
     before = os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []
     source = FileSource(path)
+    assert list(source.stored(0, 3)) == [(0, 3)]
     source.close()
     with pytest.raises(FormatError):
         FileSource(str(tmp_path))
     after = os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []
     assert len(after) == len(before)
+
+
+def sparse(path, size, **places):
+    """A file of `size` bytes, all holes but a block at each of `places`."""
+    with open(path, "wb") as out:
+        for letter, at in places.items():
+            out.seek(at)
+            out.write(letter.encode() * 4096)
+        out.truncate(size)
+    if os.stat(path).st_blocks * 512 >= size:
+        pytest.skip("this file system keeps no holes")
+    return FileSource(str(path))
+
+
+def test_the_holes_of_a_file_are_not_stored(tmp_path):
+    source = sparse(tmp_path / "data", 64 << 20, a=1 << 20, b=32 << 20)
+    parts = list(source.stored(0, source.size))
+    assert parts == sorted(parts)
+    assert sum(last - first for first, last in parts) < 1 << 20
+    zeros = bytearray(source.size)
+    for first, last in parts:
+        zeros[first:last] = source.read_at(first, last - first)
+    assert zeros == source.read_at(0, source.size)
+    inside = (1 << 20) + 100
+    assert list(source.stored(inside, inside + 50)) == [(inside, inside + 50)]
+    assert list(source.stored(8 << 20, 9 << 20)) == []
+    assert list(source.stored(0, 1 << 60)) == parts
+    source.close()
+
+
+def test_another_file_of_that_name_tells_nothing_of_holes(tmp_path):
+    source = sparse(tmp_path / "data", 64 << 20, a=1 << 20)
+    os.rename(tmp_path / "data", tmp_path / "moved")
+    assert list(source.stored(5, 100)) == [(5, 100)]
+    (tmp_path / "data").write_bytes(b"another")
+    assert list(source.stored(5, 100)) == [(5, 100)]
+    source.close()
 
 
 def test_a_missing_file_is_the_systems_error(tmp_path):
