@@ -182,3 +182,53 @@ def test_completion_imports_no_command_it_does_not_need():
     unwanted = ("kvmtool.cli.procs", "kvmtool.kvm", "rich", "json", "construct", "kvmtool.types")
     assert not set(unwanted) & set(modules)
     assert isinstance(cli, click.Group)
+
+
+ANSWERS = {  # what each shell gives for the words before, for the one at the cursor; what it gets
+    "bash": ("kvmtool procs --format = js", "4", ["plain,json", "plain,jsonl"]),
+    "zsh": (
+        "kvmtool procs --format=js",
+        "2",
+        ["plain", "--format=json", "_", "plain", "--format=jsonl", "_"],
+    ),
+    "fish": (
+        "kvmtool procs --format=js",
+        "--format=js",
+        ["plain,--format=json", "plain,--format=jsonl"],
+    ),
+}
+
+
+def answer(shell, words, at):
+    """What a shell gets, as lines."""
+    code = "from kvmtool.cli import main; main()"
+    said = {"_KVMTOOL_COMPLETE": f"{shell}_complete", "COMP_WORDS": words, "COMP_CWORD": at}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **said},
+        cwd=ROOT,
+    )
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize("shell", ANSWERS)
+def test_a_value_behind_an_equals_sign(shell):
+    words, at, wanted = ANSWERS[shell]
+    assert answer(shell, words, at) == wanted
+
+
+def test_other_words_with_an_equals_sign_stay_as_they_are():
+    assert answer("zsh", "kvmtool read a=b", "2") == []
+    assert answer("zsh", "kvmtool procs --format js", "3") == [
+        *("plain", "json", "_"),
+        *("plain", "jsonl", "_"),
+    ]
+    assert answer("bash", "kvmtool procs --format js", "3") == ["plain,json", "plain,jsonl"]
+
+
+def test_zsh_completes_files_behind_an_equals_sign():
+    script = CliRunner().invoke(cli, ["completion", "zsh"]).stdout
+    assert "compset -P '--*='; _path_files -f" in script

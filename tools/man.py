@@ -82,9 +82,10 @@ def options(command: click.Command, context: click.Context) -> list[str]:
 
 
 def title(path: str, date: str) -> list[str]:
-    """The first line."""
+    """The first line; no word is divided, since one looks for names and copies them."""
     name = path.replace(" ", "-").upper()
-    return [f'.TH {escaped(name)} 1 "{date}" "kvmtool {__version__}" "kvmtool"']
+    head = f'.TH {escaped(name)} 1 "{date}" "kvmtool {__version__}" "kvmtool"'
+    return [head, ".nh", ".ad l"]
 
 
 def page(path: str, line: str, command: click.Command, context: click.Context, date: str) -> str:

@@ -296,6 +296,10 @@ def main() -> None:
     gc.set_threshold(_GC_THRESHOLD)
     try:
         listen()
+        if "_KVMTOOL_COMPLETE" in os.environ:
+            from kvmtool.cli import shells
+
+            shells.register()
         cli(prog_name="kvmtool")
     except Ended as end:
         die(end.number)

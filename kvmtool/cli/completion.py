@@ -30,6 +30,9 @@ def completion(shell: str) -> None:
     """
     from click.shell_completion import get_completion_class
 
+    from kvmtool.cli import shells
+
+    shells.register()
     made = get_completion_class(shell)
     assert made is not None
     group = click.get_current_context().find_root().command
