@@ -72,6 +72,17 @@ def test_the_cache(tmp_path, monkeypatch):
     assert rows()["cache", "none"]["state"] == "off"
 
 
+def test_a_cache_that_cannot_be(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for name, state in (
+        ("new/er", "not made yet"),
+        ("file", "not writable"),
+        ("file/x", "not writable"),
+    ):
+        monkeypatch.setenv("KVMTOOL_CACHE", str(tmp_path / name))
+        assert rows()["cache", str(tmp_path / name)]["state"] == state
+
+
 @pytest.mark.parametrize(
     ("name", "value", "state"),
     [

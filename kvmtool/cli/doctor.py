@@ -137,10 +137,18 @@ def _cache() -> Found:
     if where is None:
         return _row("cache", "none", "off", "KVMTOOL_CACHE is empty, or there is no home directory")
     entries, size = cache.usage(where)
-    writable = os.access(where, os.W_OK) if os.path.isdir(where) else None
-    state = {True: "ok", False: "not writable", None: "not made yet"}[writable]
     note = f"{entries} entries, {size >> 20} MiB of at most {cache.LIMIT >> 20} MiB"
-    return _row("cache", where, state, note)
+    return _row("cache", where, _usable(where), note)
+
+
+def _usable(folder: str) -> str:
+    """Whether `folder` can be written to, or be made."""
+    at = folder = os.path.abspath(folder)
+    while not os.path.lexists(at):
+        at = os.path.dirname(at)
+    if not os.path.isdir(at) or not os.access(at, os.W_OK | os.X_OK):
+        return "not writable"
+    return "ok" if at == folder else "not made yet"
 
 
 def _environment() -> Iterator[Found]:
