@@ -40,6 +40,7 @@ CHECKS = {
     "interrupts": Check("vectors", "the gates of the interrupt tables, or arm64's vectors"),
     "imports": Check("imports", "the tables by which kexts and the kernel reach other images"),
     "text": Check("pages", "the kernel's code in memory against its file"),
+    "kextcode": Check("kext_code", "the code of kexts in memory against their files"),
     "processes": Check("lists", "processes that are on one list and not on another"),
     "kexts": Check("lists", "kexts that are on one list and not on another"),
 }

@@ -19,6 +19,7 @@ from kvmtool.handle_types import TypedHandle
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from kvmtool.kext_search import KextFile
     from kvmtool.kexts import Kext
     from kvmtool.memory import Memory
     from kvmtool.xnu.args import Arguments
@@ -71,6 +72,17 @@ class Kvm(TypedHandle):
                 found = from_memory(self.memory, name, told, kext.address, size)
                 said = kext.uuid if isinstance(kext.uuid, bytes) else None
                 yield found._replace(uuid=found.uuid or said)
+
+    def kexts_beside(self) -> Iterator[KextFile]:
+        """The kexts' files in the directory of the kernel's; whoever takes one closes its source.
+
+        None of a kernel that has no file.
+        """
+        from kvmtool.kext_search import files_in
+
+        file = self._parts.file
+        if file is not None:
+            yield from files_in(os.path.dirname(os.path.abspath(file.path)), self.arch.name)
 
     def loaded_kexts(self, report: Report | None = None) -> list[KextInfo]:
         """What kextstat lists of a dump; none of a kernel file, or without types for its machine.

@@ -301,6 +301,18 @@ class Relocations:
 
     def patches(self, offset: int, size: int) -> Iterator[tuple[int, bytes]]:
         """(file offset, loaded bytes) of all that changes in, or partly in, a range of the file."""
+        for place, size_there, value in self._rewritten(offset, size):
+            if value is not None:
+                value &= (1 << 8 * size_there) - 1
+                yield place, value.to_bytes(size_there, self.byteorder)
+
+    def unknown(self, offset: int, size: int) -> Iterator[tuple[int, int]]:
+        """(file offset, bytes) of what refers to symbols that nobody defines, as `patches`."""
+        for place, size_there, value in self._rewritten(offset, size):
+            if value is None:
+                yield place, size_there
+
+    def _rewritten(self, offset: int, size: int) -> Iterator[tuple[int, int, int | None]]:
         keys, read = self._keys, self.image.source.read_at
         rewrite = self._machine.rewrite if keys else None
         at = bisect_left(keys, max(0, offset - _WIDEST + 1) << _INDEX_BITS)
@@ -310,10 +322,7 @@ class Relocations:
             if place + entry.size <= offset:
                 continue
             stored = int.from_bytes(read(place, entry.size), self.byteorder)
-            value = rewrite(self, entry, stored) if rewrite else None
-            if value is not None:
-                value &= (1 << 8 * entry.size) - 1
-                yield place, value.to_bytes(entry.size, self.byteorder)
+            yield place, entry.size, rewrite(self, entry, stored) if rewrite else None
 
 
 class RelocatedSource:

@@ -7,14 +7,12 @@ embedded sample, a kernel of our own that ran under QEMU.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
 import struct
 import time
 import zlib
-from typing import NamedTuple
 
 import pytest
 from click.testing import CliRunner
@@ -24,13 +22,12 @@ from kvmtool.check import CHECKS, check
 from kvmtool.checks import detour
 from kvmtool.cli import cli
 from kvmtool.errors import FaultError
-from kvmtool.macho import MachO
 from kvmtool.memory import Piece
 from kvmtool.sample import write
-from kvmtool.source import FileSource
 from kvmtool.xnu.interrupts import narrow_gates
 from tests.builders import chains
 from tests.builders.sparse import Sparse
+from tests.checking import Core, checked
 from tests.inputs import DUMPS, oracle, plain_core, real, truth
 
 KERNEL = "machine/x86_64-xnu-2422.115.4.mach_kernel"
@@ -40,47 +37,6 @@ HEAP = 0xFFFFFF8012345678  # no image lies there
 CDEVSW, D_READ = 112, 16  # sizeof(struct cdevsw): data README; d_read is its third pointer
 SYSENT = 32  # 10.9: {call, munge32, munge64, ret, narg, bytes}: xnu.md 5.11
 OID_HANDLER = 48  # struct sysctl_oid, LP64
-
-
-class Answer(NamedTuple):
-    """What the command said."""
-
-    code: int
-    rows: list
-    said: str
-
-
-def checked(kernel, core, *options):
-    args = ["check", "-N", kernel, "-M", core, "--format", "json", *options]
-    if core.endswith(".raw"):
-        args += ["--core-format", "raw"]
-    found = CliRunner().invoke(cli, args)
-    assert found.exception is None or isinstance(found.exception, SystemExit), found.output
-    return Answer(found.exit_code, json.loads(found.stdout or "[]"), found.stderr)
-
-
-class Core:
-    """A copy of a Mach-O core to write into, by the kernel's addresses."""
-
-    def __init__(self, tmp_path, core, name=None):
-        self.path = str(tmp_path / (name or os.path.basename(core)))
-        shutil.copyfile(core, self.path)
-        source = FileSource(core)
-        self._segments = [(s.vmaddr, s.filesize, s.fileoff) for s in MachO(source).segments]
-        source.close()
-
-    def write(self, address, data):
-        at = next(
-            offset + address - start
-            for start, size, offset in self._segments
-            if start <= address < start + size
-        )
-        with open(self.path, "r+b") as file:
-            file.seek(at)
-            file.write(data)
-
-    def pointer(self, address, value):
-        self.write(address, struct.pack("<Q", value))
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ __LINKEDIT are left out: start-up frees them (libkern/c++/OSKext.cpp, removeKext
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from kvmtool.checks import detour
+from kvmtool.checks.changes import AROUND, MOST, PAGE, Teller, joined, runs
 from kvmtool.checks.code import Part, own
-from kvmtool.checks.finding import DIFFERS, EXPECTED, HIGH, INFO, MEDIUM
+from kvmtool.checks.finding import DIFFERS, EXPECTED, HIGH, INFO
 from kvmtool.errors import FaultError, FormatError, MismatchError, UnsupportedError
 from kvmtool.image import LoadedImage
 from kvmtool.macho import VM_PROT_WRITE
@@ -21,28 +21,14 @@ from kvmtool.relocations import RelocatedSource, Relocations
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from kvmtool.checks.changes import Change
     from kvmtool.checks.finding import Outcome
     from kvmtool.checks.judge import Case
-    from kvmtool.kexts import Code
     from kvmtool.macho import MachO
 
 _CHUNK = 1 << 20  # bytes compared at a time
-_PAGE = 4096
-_APART = 8  # as many equal bytes between two changes make them one
-_MOST = 64  # changes told one by one: a part with more is another kernel's, or not there
 _CODE, _CONSTANTS = "pages of code", "pages of constants"
-_LOCK_PROBE = "_lockstat_patch_point"  # LOCKSTAT_LABEL in osfmk/i386/i386_lock.s
 _HIB = "__HIB"  # executable and full of data: page tables, descriptors, variables
-_AROUND = 16  # bytes of a change that are shown and looked into
-
-
-class Change(NamedTuple):
-    """`size` bytes at `address` are not as in the file. `was` and `now` begin there, and go on."""
-
-    address: int
-    size: int
-    was: bytes
-    now: bytes
 
 
 def text(case: Case, outcome: Outcome) -> None:
@@ -54,7 +40,7 @@ def text(case: Case, outcome: Outcome) -> None:
     code = list(case.code.parts())
     for part in code:
         changes, pages = comparison.changes(part, _CODE)
-        if len(changes) > _MOST:
+        if len(changes) > MOST:
             evidence = (
                 f"{pages} of {_pages(part)} pages differ, the first at {changes[0].address:#x}"
             )
@@ -70,7 +56,7 @@ def text(case: Case, outcome: Outcome) -> None:
         if header:
             what = f"{sum(change.size for change in header)} bytes of the header, by the booter"
             outcome.add(EXPECTED, INFO, part.name, part.start, None, "moved", f"changed: {what}")
-        for change in changes[len(header) : _MOST]:
+        for change in changes[len(header) : MOST]:
             comparison.tell(DIFFERS, INFO, change, f"a constant of {part.name} differs")
 
 
@@ -84,7 +70,7 @@ def file_of(case: Case, outcome: Outcome) -> MachO | None:
 
 
 def _pages(part: Part) -> int:
-    return -(-part.end // _PAGE) - part.start // _PAGE
+    return -(-part.end // PAGE) - part.start // PAGE
 
 
 def _constants(case: Case, kernel: MachO, code: list[Part]) -> Iterator[Part]:
@@ -105,12 +91,19 @@ def _constants(case: Case, kernel: MachO, code: list[Part]) -> Iterator[Part]:
             yield Part(segment.segname, start, end, offset)
 
 
-class Comparison:
+class Comparison(Teller):
     """Memory against one kernel's file."""
 
     def __init__(self, case: Case, outcome: Outcome, kernel: MachO) -> None:
-        self._case, self._outcome, self._kernel = case, outcome, kernel
-        self._arch = case.kvm.arch.name
+        super().__init__(case, outcome, kernel.source.name, self._in_file)
+        self._kernel = kernel
+
+    def _in_file(self, address: int, size: int) -> bytes:
+        linked = address - self._case.code.shift
+        segment = self._kernel.segment_at(linked)
+        if segment is None:
+            raise FaultError("kernel", address, size)
+        return self._kernel.source.read_at(segment.fileoff + linked - segment.vmaddr, size)
 
     @cached_property
     def _relocated(self) -> RelocatedSource | None:
@@ -126,20 +119,8 @@ class Comparison:
             return None
         return RelocatedSource(relocations)
 
-    @cached_property
-    def _lock_probes(self) -> frozenset[int]:
-        """Where dtrace's lockstat turns a return into nothing, as the kernel's own labels say."""
-        found = set()
-        for symbol in self._case.kvm.symbols:
-            if symbol.name.endswith(_LOCK_PROBE):
-                try:
-                    found.add(self._case.target.pointer(symbol.address))
-                except FaultError:
-                    continue
-        return frozenset(found)
-
     def changes(self, part: Part, what: str) -> tuple[list[Change], int]:
-        """What differs, not much more than `_MOST` of it; and on how many pages."""
+        """What differs, not much more than `MOST` of it; and on how many pages."""
         found: list[Change] = []
         pages = missing = looked = 0
         first = ""
@@ -161,116 +142,27 @@ class Comparison:
                     continue
                 for page in self._differing(piece.address, piece.data, offset):
                     pages += 1
-                    if len(found) <= _MOST:
+                    if len(found) <= MOST:
                         found += page
-        self._outcome.count(what, -(-looked // _PAGE))
+        self._outcome.count(what, -(-looked // PAGE))
         if missing and what != _CONSTANTS:
             size = part.end - part.start
             text = f"{part.name}: {missing:#x} of {size:#x} bytes cannot be read, {first}"
             self._outcome.failed.append(text)
-        return _joined(found), pages
+        return joined(found), pages
 
     def _differing(self, address: int, data: bytes, offset: int) -> Iterator[list[Change]]:
         """The changes of each page that has any."""
         at = 0
         while at < len(data):
-            size = min(_PAGE - (address + at) % _PAGE, len(data) - at)
+            size = min(PAGE - (address + at) % PAGE, len(data) - at)
             was, now = self._kernel.source.read_at(offset + at, size), data[at : at + size]
             if was != now and self._relocated is not None:
                 was = self._relocated.read_at(offset + at, size)
             if was != now:
                 whole = self._kernel.source.size
                 more = self._kernel.source.read_at(
-                    offset + at + size, max(0, min(_AROUND, whole - offset - at - size))
+                    offset + at + size, max(0, min(AROUND, whole - offset - at - size))
                 )
-                yield _changes(address + at, was + more, data[at : at + size + _AROUND], size)
+                yield runs(address + at, was + more, data[at : at + size + AROUND], size)
             at += size
-
-    def judge(self, change: Change, place: str = "") -> None:
-        """Tell a change of code, unless something is known to make it; `place` says where it is."""
-        if self._arch.startswith("arm64"):  # whole instructions
-            change = self._from(change, change.address % 4)
-        if detour.is_probe(self._arch, change.was, change.now, change.size):
-            self.tell(EXPECTED, INFO, change, "a probe of dtrace", place=place)
-            return
-        if detour.is_lock_probe(change.was, change.now) and change.address in self._lock_probes:
-            self.tell(EXPECTED, INFO, change, "a lockstat probe of dtrace", place=place)
-            return
-        if detour.is_breakpoint(self._arch, change.now):
-            self.tell(DIFFERS, MEDIUM, change, "a breakpoint", place=place)
-            return
-        for back in (0, 1):  # the first byte may be what it was before
-            whole = self._from(change, back)
-            target = detour.target_of(self._arch, whole.now, whole.address)
-            if target is not None:
-                code = self._case.kvm.code_at(target)
-                self.tell(DIFFERS, HIGH, whole, f"code goes to {code}", code, place)
-                return
-        self.tell(DIFFERS, HIGH, change, "code differs", place=place)
-
-    def _from(self, change: Change, back: int) -> Change:
-        """The change from some bytes before on."""
-        if not back:
-            return change
-        address, size = change.address - back, change.size + back
-        shift = self._case.code.shift
-        segment = self._kernel.segment_at(address - shift)
-        if segment is None:
-            return change
-        try:
-            data = self._case.kvm.memory.read(address, back)
-        except FaultError:
-            return change
-        was = self._kernel.source.read_at(segment.fileoff + address - shift - segment.vmaddr, back)
-        return Change(address, size, was + change.was, data + change.now)
-
-    def tell(
-        self,
-        kind: str,
-        severity: str,
-        change: Change,
-        what: str,
-        found: Code | None = None,
-        place: str = "",
-    ) -> None:
-        """A finding: where, and which bytes."""
-        where = place or str(self._case.kvm.symbol_at(change.address) or hex(change.address))
-        shown = min(change.size, _AROUND)
-        more = " …" if change.size > shown else ""
-        was, now = (data[:shown].hex(" ") + more for data in (change.was, change.now))
-        evidence = f"{what}: {change.size} bytes, {was} in the file, {now} in memory"
-        expected = f"as in {self._kernel.source.name}"
-        self._outcome.add(kind, severity, where, change.address, found, expected, evidence)
-
-
-def _changes(address: int, was: bytes, now: bytes, size: int) -> list[Change]:
-    """The runs of bytes that differ within the first `size`."""
-    runs: list[list[int]] = []
-    for at in range(size):
-        if was[at] != now[at]:
-            if runs and at - runs[-1][1] < _APART:
-                runs[-1][1] = at + 1
-            else:
-                runs.append([at, at + 1])
-    return [
-        Change(
-            address + start,
-            end - start,
-            was[start : max(end, start + _AROUND)],
-            now[start : max(end, start + _AROUND)],
-        )
-        for start, end in runs
-    ]
-
-
-def _joined(changes: list[Change]) -> list[Change]:
-    """Changes that go on across the end of a page as one."""
-    joined: list[Change] = []
-    for change in changes:
-        last = joined[-1] if joined else None
-        if last is not None and last.address + last.size == change.address:
-            was, now = last.was[: last.size] + change.was, last.now[: last.size] + change.now
-            joined[-1] = Change(last.address, last.size + change.size, was, now)
-        else:
-            joined.append(change)
-    return joined

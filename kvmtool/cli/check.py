@@ -78,7 +78,8 @@ def check(
 
     Pointers must lead to code of the kernel, or of the kext they belong to: those of system calls,
     Mach traps, devices, sysctl names, file systems, protocols, policies and interrupts. Processes
-    and kexts must be on all lists where they belong.
+    and kexts must be on all lists where they belong, and the code of the kernel and of kexts as in
+    their files.
 
     Severity is "high" where a pointer leads to no known code at all, or something is hidden, and
     "medium" where it leads to another's code. With --all those of "info" are listed, too: what is
