@@ -44,7 +44,8 @@ ARGUMENTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "walk": (("allproc", "--next", "p_list", "-o", "p_pid,p_comm"),),
 }
 OTHERS = {
-    *("completion", "convert", "demo", "doctor", "extract", "kernels", "mount", "regions", "types"),
+    *("completion", "convert", "demo", "doctor", "extract", "kernels", "mount"),
+    *("python", "regions", "types"),
 }
 NO_FORMAT = {"dd", "dmesg", "type"}
 BANNER = "Darwin Kernel Version 13.4.0: x; root:xnu-2422.115.4~1/RELEASE_X86_64"

@@ -120,6 +120,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {  # of those that need some
     "dd": ("_version", "4"),
     "nlist": ("_version",),
     "print": ("nprocs",),
+    "python": ("-c", "print(kvm)"),
     "read": ("_version", "64"),
     "search": ("Darwin",),
     "symbol": ("_version",),

@@ -60,6 +60,7 @@ COMMANDS = {
     "print": ("objects", "The value of a C expression: structures, pointers, members."),
     "panic": ("panic", "Why this Mac died: panic string, log, stack, kexts in it."),
     "procs": ("procs", "List the processes, as ps does."),
+    "python": ("python", "Python with the kernel open as kvm: a script, code, a prompt."),
     "read": ("memory", "Read kernel memory."),
     "regions": ("space", "What memory there is, and what is absent."),
     "search": ("space", "Find a string, bytes or a pointer in memory."),
@@ -80,7 +81,7 @@ COMMANDS = {
 # heading in the help -> its commands, as they are listed there
 GROUPS = {
     "Look up": "nlist symbols symbol",
-    "Read memory": "read print walk search regions vtop",
+    "Read memory": "read print walk search regions vtop python",
     "Processes": "procs args threads backtrace files vmmap",
     "The kernel's state": "host load cpus dmesg panic vm zones "
     "kexts devsw syscalls sysctl net mounts",
@@ -107,6 +108,8 @@ ELSEWHERE = {
     "zprint": "zones",
     "uptime": "load",
     "p": "print",
+    "shell": "python",
+    "repl": "python",
     "strings": "search",
     "df": "mounts",
     "atos": "symbol",

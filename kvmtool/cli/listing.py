@@ -62,16 +62,18 @@ class Listing(NamedTuple):
         """
         columns = self.chosen(chosen, format)
         names = [column.name for column in columns]
-        unreadable = 0
+        seen = unreadable = 0
 
         def counted() -> Iterator[Mapping[str, Any]]:
-            nonlocal unreadable
-            for row in rows:
+            nonlocal seen, unreadable
+            for seen, row in enumerate(rows, 1):  # noqa: B007  # it outlives the loop
                 odd = [value for name in names if type(value := row[name]) not in _WHOLE]
                 unreadable += any(map(_missing, odd))
                 yield row
 
         render(counted(), columns, format)
+        if not seen and format == "table":
+            say(f"no {self.what}")
         finish(report, unreadable, self.what)
 
     def show_one(

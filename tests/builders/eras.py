@@ -89,12 +89,11 @@ def kexts(arch: str) -> list[KextSpec]:
 def everything(ground: Ground) -> dict[str, Any]:
     """Every part there is."""
     files, tables = FileSystem(ground), Tables(ground)
-    truth = files.plant() | tables.traps() | tables.sysctls() | Stacks(ground).plant()
+    truth = files.plant() | tables.sysent() | tables.traps() | tables.sysctls()
+    truth |= Stacks(ground).plant()
     truth |= Counters(ground, [cpu["address"] for cpu in truth["processors"]]).plant()
     if ground.types.has("ifnet"):
         truth |= Network(ground).plant()
-    if has_sysent(ground.types.layout):
-        truth |= tables.sysent()
     maps = Maps(ground)
     if ground.types.has("_vm_map"):
         truth |= maps.plant()
@@ -102,11 +101,6 @@ def everything(ground: Ground) -> dict[str, Any]:
     truth |= sockets.plant()
     truth |= Descriptors(ground, files, sockets).plant()
     return truth | Usage(ground, files).plant() | Facts(ground).plant() | Ram(ground, maps).plant()
-
-
-def has_sysent(layout: Any) -> bool:
-    """Whether the symbol table says where sysent is: up to xnu-2782 (10.10), before base_pri."""
-    return bool(layout.has("thread", "priority"))
 
 
 @functools.cache

@@ -116,6 +116,10 @@ class KernelImage:
             return self.symbol(name, self._data.alloc(size, align), "data")
         return self.symbol(name, self._data.pin(pinned + self.slide, size), "data")
 
+    def unnamed(self, size: int, *, align: int = 16) -> int:
+        """As `table`, for an object whose symbol is stripped."""
+        return self._data.alloc(size, align)
+
     def variable(self, name: str, size: int, *, align: int = 8, local: bool = False) -> int:
         """A zero-filled object of __DATA,__common, for the running kernel to fill in."""
         return self.symbol(name, self._common.alloc(size, align), "common", local=local)

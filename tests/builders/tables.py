@@ -12,9 +12,38 @@ if TYPE_CHECKING:
     from tests.builders.ground import Ground
     from tests.builders.heap import Record
 
-# number -> (name, arguments); 0, which is syscall(2) itself, and the rest of the table are nosys
-CALLS = {0: ("syscall", 0), 1: ("exit", 1), 3: ("read", 3), 4: ("write", 3), 20: ("getpid", 0)}
-TRAPS = {26: ("mach_reply_port", 0), 28: ("task_self_trap", 0), 31: ("mach_msg_trap", 7)}
+# number -> (name, arguments); 0, syscall(2) itself, and the rest of the table are nosys
+CALLS = {
+    0: ("syscall", 0),
+    1: ("exit", 1),
+    2: ("fork", 0),
+    3: ("read", 3),
+    4: ("write", 3),
+    5: ("open", 3),
+    6: ("close", 1),
+    7: ("wait4", 4),
+    9: ("link", 2),
+    10: ("unlink", 1),
+    12: ("chdir", 1),
+    13: ("fchdir", 1),
+    14: ("mknod", 3),
+    15: ("chmod", 2),
+    16: ("chown", 3),
+    20: ("getpid", 0),
+}
+TRAPS = {
+    26: ("mach_reply_port", 0),
+    28: ("task_self_trap", 0),
+    31: ("mach_msg_trap", 7),
+    32: ("mach_msg_overwrite_trap", 8),
+    33: ("semaphore_signal_trap", 1),
+    34: ("semaphore_signal_all_trap", 1),
+    35: ("semaphore_signal_thread_trap", 2),
+    36: ("semaphore_wait_trap", 1),
+    37: ("semaphore_wait_signal_trap", 2),
+    38: ("semaphore_timedwait_trap", 3),
+    39: ("semaphore_timedwait_signal_trap", 4),
+}
 NSYSENT, NTRAPS = 40, 128
 
 CTLTYPE = {"node": 1, "int": 2, "string": 3, "quad": 4, "opaque": 5}
@@ -58,10 +87,19 @@ class Tables:
         self._width = ground.memory.width
 
     def sysent(self) -> dict[str, Any]:
-        """sysent with names, as the releases have it whose symbol tables say where it is."""
+        """sysent with names; from xnu-3248 (10.11) on, when base_pri came, its symbol is stripped.
+
+        {call; munger; int return type; i16 arguments; u16 bytes} by then, and in no debug kit.
+        """
         ground, image, types = self._ground, self._image, self._ground.types
-        size = types.layout.size("sysent")
-        table = image.table("_sysent", NSYSENT * size)
+        named = types.has("thread", "priority")
+        if named:
+            size, members = types.layout.size("sysent"), ("sy_call", "sy_arg_munge32", "sy_narg")
+            call, munger, narg = (types.offset("sysent", member) for member in members)
+            table = image.table("_sysent", NSYSENT * size)
+        else:
+            size, call, munger, narg = 24, 0, 8, 20
+            table = image.unnamed(NSYSENT * size)
         names = image.table("_syscallnames", NSYSENT * self._width)
         found = []
         for number in range(NSYSENT):
@@ -69,12 +107,11 @@ class Tables:
             handler = f"_{name}" if number in CALLS and number else "_nosys"
             at = table + number * size
             function = image.function(handler)
-            image.init_pointer(at + types.offset("sysent", "sy_call"), function, code=True)
+            image.init_pointer(at + call, function, code=True)
             munge = self._munger(arguments)
             if munge:
-                place = at + types.offset("sysent", "sy_arg_munge32")
-                image.init_pointer(place, munge, code=True)
-            image.init(at + types.offset("sysent", "sy_narg"), struct.pack("<H", arguments))
+                image.init_pointer(at + munger, munge, code=True)
+            image.init(at + narg, struct.pack("<H", arguments))
             image.init_pointer(names + number * self._width, ground.text(name))
             found.append(
                 {"number": number, "name": name, "arguments": arguments, "address": at}
