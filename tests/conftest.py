@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING
 
 import pytest
@@ -24,3 +25,16 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         for name in ("KVMTOOL_KERNEL", "KVMTOOL_CORE"):
             patch.delenv(name, raising=False)
         yield
+
+
+@pytest.fixture
+def signals_heard() -> Iterator[None]:
+    """What a test starts hears every signal, though a script's background or nohup ignores some."""
+    numbers = (signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        if before[number] == signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)  # not handed on, unlike SIG_IGN
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -268,6 +268,7 @@ def test_xattr(shared):
 
 @needs_fuse
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.usefixtures("signals_heard")
 def test_signals_unmount(live, number):
     live.server.send_signal(number)
     assert live.end() == (0, "ended\n", "")

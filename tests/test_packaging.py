@@ -130,7 +130,8 @@ def bare(request, wheel, tmp_path_factory):
     """A virtualenv with the wheel and what it needs, no extra."""
     folder = str(tmp_path_factory.mktemp("venv"))
     subprocess.run([request.param, "-m", "venv", folder], check=True)
-    pip = [os.path.join(folder, "bin", "python"), "-m", "pip", "--disable-pip-version-check"]
+    python = os.path.join(folder, "bin", "python")
+    pip = [python, "-I", "-m", "pip", "--disable-pip-version-check"]  # whatever PYTHONPATH holds
     done = subprocess.run([*pip, "install", "-q", wheel], capture_output=True, text=True)
     if any(text in done.stderr for text in OFFLINE):
         pytest.skip("there is no package index to be reached")

@@ -27,14 +27,7 @@ if TYPE_CHECKING:
 KERNEL = 0xFFFFFF8000200000
 SOON = 2.0  # seconds a command may go on for after the signal
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-@pytest.fixture(autouse=True)
-def heard() -> Iterator[None]:
-    """SIGINT as a terminal leaves it: what a script puts in the background has it ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+pytestmark = pytest.mark.usefixtures("signals_heard")
 
 
 @pytest.fixture(scope="module")
