@@ -117,6 +117,11 @@ class Stacks:
         number = place if thread is None or not thread.running else thread.cpu
         return self.unwinder.of_registers(self._sets[place], thread, number)
 
+    def registers_of(self, thread: int) -> Registers | None:
+        """The container's registers of the thread at `thread`, if it has them."""
+        place = self._of_thread.get(thread)
+        return None if place is None else self._sets[place]
+
     def place_of(self, thread: int) -> int | None:
         """Which of the container's register sets is that of the thread at `thread`, if one is."""
         return self._of_thread.get(thread)

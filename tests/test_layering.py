@@ -96,7 +96,7 @@ LAYERS = (
             "libkvm",
             "sample",
             "convert",
-            "stacks",
+            *("stacks", "user_stacks"),
             "check",
             "checks",
         ),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from itertools import starmap
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from kvmtool.stacks import Stacks
     from kvmtool.xnu.backtrace import Backtrace, Frame
     from kvmtool.xnu.thread import Thread
+    from kvmtool.xnu.user_stack import UserStack
 
 LISTING = Listing(
     "backtrace",
@@ -39,6 +42,7 @@ LISTING = Listing(
         Column("stop", "ENDS"),
         Column("unreadable", "CUT"),
         Column("continuation", "CONTINUES AT"),
+        Column("user", "USER"),
     ),
     (),
 )
@@ -57,7 +61,24 @@ def frame_of(frame: Frame) -> dict[str, Any]:
     }
 
 
-def row_of(stack: Backtrace) -> dict[str, Any]:
+def user_of(stack: UserStack | None) -> dict[str, Any] | None:
+    """A stack in a process as JSON has it; null where there is none."""
+    if stack is None:
+        return None
+    frames = [
+        {
+            "pc": Address(frame.pc),
+            "fp": None if frame.fp is None else Address(frame.fp),
+            "kind": frame.kind,
+            "image": frame.image,
+            "offset": frame.offset,
+        }
+        for frame in stack.frames
+    ]
+    return {"frames": frames, "stop": stack.stop, "unreadable": stack.unreadable}
+
+
+def row_of(stack: Backtrace, user: UserStack | None = None) -> dict[str, Any]:
     """A stack under the names that JSON has."""
     thread, goes_on = stack.thread, stack.continuation
     return {
@@ -71,6 +92,7 @@ def row_of(stack: Backtrace) -> dict[str, Any]:
         "stop": stack.stop,
         "unreadable": stack.unreadable,
         "continuation": _continuation(thread, goes_on),
+        "user": user_of(user),
     }
 
 
@@ -96,7 +118,15 @@ def thread_words(thread: Thread) -> str:
     return f"{name}{owner}{pid} at {thread.address:#x}"
 
 
-def _lines(stack: Backtrace, width: int) -> Iterator[str]:
+def _user_lines(stack: UserStack, width: int) -> Iterator[str]:
+    yield "     in its process:"
+    for number, frame in enumerate(stack.frames):
+        name = f"  {os.path.basename(frame.image)}+{frame.offset:#x}" if frame.image else ""
+        yield visible(f"{number:3}  {frame.pc:#0{2 + 2 * width}x}{name}")
+    yield f"     {visible(stack.stop)}"
+
+
+def _lines(stack: Backtrace, width: int, user: UserStack | None = None) -> Iterator[str]:
     """One stack for a person."""
     words = [f"CPU {stack.cpu}"] if isinstance(stack.cpu, int) else []
     if stack.thread is not None:
@@ -106,6 +136,8 @@ def _lines(stack: Backtrace, width: int) -> Iterator[str]:
     yield visible(", ".join(words))
     yield from frame_lines(stack.frames, width)
     yield f"     {visible(stack.stop)}"
+    if user is not None:
+        yield from _user_lines(user, width)
 
 
 def _chosen(
@@ -158,11 +190,18 @@ def _check(which: str | None, *others: object) -> None:
 @click.option("--cpu", type=int, metavar="N", help="What this CPU was doing.")
 @click.option("--tid", type=int, metavar="N", help="The thread with this id.")
 @click.option("--all", "every", is_flag=True, help="Every thread.")
+@click.option("--user", is_flag=True, help="The stacks in their processes, too.")
 @format_option
 @kernel_options
 @core_argument
 def backtrace(
-    where: Where, which: str | None, cpu: int | None, tid: int | None, every: bool, format: str
+    where: Where,
+    which: str | None,
+    cpu: int | None,
+    tid: int | None,
+    every: bool,
+    user: bool,
+    format: str,
 ) -> None:
     """Print kernel stacks: of each CPU, of a process's threads, or of the THREAD at an address.
 
@@ -171,35 +210,42 @@ def backtrace(
     Each stack says why it ends; where memory is missing that would go on with it the exit status is
     3. The symbol of a return address is that of the call before it.
 
+    --user adds where each thread was in its process, by the registers it entered the kernel with:
+    addresses, and which file lies there. Callers need the process's memory, and frame pointers.
+
     \b
     Example:
       kvmtool backtrace -N mach_kernel -M core
-      kvmtool backtrace 1 -N mach_kernel -M core
+      kvmtool backtrace 1 --user -N mach_kernel -M core
       kvmtool backtrace --all -N mach_kernel -M core --format jsonl
     """
     from kvmtool.stacks import Stacks
+    from kvmtool.user_stacks import UserStacks
     from kvmtool.xnu.queues import Report
 
     _check(which, cpu, tid, every)
     kvm = opened(where)
     report = Report()
     stacks = Stacks(kvm, report)
+    users = UserStacks(kvm, stacks, report) if user else None
     cut, strange = 0, False
 
-    def counted() -> Iterator[Backtrace]:
+    def counted() -> Iterator[tuple[Backtrace, UserStack | None]]:
         nonlocal cut, strange
         for stack in _chosen(stacks, which, cpu, tid, every):
             thread = stack.thread
+            mine = None if users is None else users.of(thread)
             cut += stack.unreadable or (thread is not None and _parts_missing(thread))
+            cut += mine is not None and mine.unreadable
             strange = strange or stack.stop.endswith("lies in no known text")
-            yield stack
+            yield stack, mine
 
     if format == "table":
-        for number, stack in enumerate(counted()):
-            lines = _lines(stack, kvm.arch.pointer_size)
+        for number, (stack, mine) in enumerate(counted()):
+            lines = _lines(stack, kvm.arch.pointer_size, mine)
             sys.stdout.write(("\n" if number else "") + "\n".join(lines) + "\n")
     else:
-        render(map(row_of, counted()), LISTING.columns, format)
+        render(starmap(row_of, counted()), LISTING.columns, format)
     if strange:  # it may be the text of a kext that nobody knows
         missing_kexts(kvm, report)
     finish(report, cut, LISTING.what)
