@@ -39,8 +39,8 @@ COMMANDS = (
     "walk allproc --next p_list -o p_pid,p_comm,p_pgrp",
 )
 # Of no machine's memory: what is installed, other files, how to write a line. `mount` serves what
-# `read` reads; `convert` has a test of its own.
-WITHOUT = {"completion", "dd", "demo", "doctor", "extract", "kernels", "mount"}
+# `read` reads; `convert` has a test of its own; what `python` says is the user's program's.
+WITHOUT = {"completion", "dd", "demo", "doctor", "extract", "kernels", "mount", "python"}
 # Not of the machine but of the file; and what was concluded of everything, in words of its own.
 FREE = {"info": ("core", "slide", "layouts", "warnings", "types"), "check": ("",)}
 # Which ways led here, who else has it: fewer where a way is cut, which a stop says.

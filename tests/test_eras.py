@@ -704,7 +704,7 @@ def test_info(name, ask, machine, tmp_path):
 
 
 # Of no machine's memory: what is installed, how to write a line, what else there is on this disk.
-WITHOUT = {"completion", "dd", "demo", "doctor", "kernels", "mount"}
+WITHOUT = {"completion", "dd", "demo", "doctor", "kernels", "mount", "python"}
 
 
 def test_every_command_is_asked_of_every_era():

@@ -40,6 +40,7 @@ _ARGUMENTS: dict[str, tuple[str, ...]] = {
     "extract": ("kernel", ""),
     "nlist": ("_version",),
     "print": ("nprocs",),
+    "python": ("-c", "print(kvm)"),
     "read": ("_version", "16"),
     "search": ("but it has its structures",),
     "symbol": ("_version",),
@@ -48,10 +49,11 @@ _ARGUMENTS: dict[str, tuple[str, ...]] = {
     "vtop": ("_version",),
     "walk": ("allproc", "--container", "proc", "--next", "p_list", "-o", "p_pid"),
 }
-_TEXT_ONLY = {"convert", "extract"}  # no --format
+_TEXT_ONLY = {"convert", "extract", "python"}  # no --format
 # what asks for no structure, so that it need not be run again with other types
 UNTYPED = {
-    *("convert", "devsw", "dmesg", "extract", "info", "nlist", "read", "regions", "search"),
+    *("convert", "devsw", "dmesg", "extract", "info", "nlist", "python", "read", "regions"),
+    "search",
     *("symbol", "symbols", "type", "types", "vtop"),
 }
 
