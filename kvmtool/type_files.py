@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from kvmtool.types.model import TypeSource
 
 ENVIRONMENT = "KVMTOOL_TYPES"
+KERNEL_PATH = "KVMTOOL_KERNEL_PATH"  # as in kernel_index, which is not worth loading for it
 
 _ENDIAN = {"<": "little-endian", ">": "big-endian"}
 _INSIDE_DSYM = os.path.join("Contents", "Resources", "DWARF")
@@ -233,9 +234,7 @@ def _inside(
 
 
 def _known_dsym(uuid: bytes | None, kernel_path: Sequence[str] | None) -> Iterator[str]:
-    from kvmtool import kernel_index
-
-    if uuid is None or (kernel_path is None and not os.environ.get(kernel_index.ENVIRONMENT)):
+    if uuid is None or (kernel_path is None and not os.environ.get(KERNEL_PATH)):
         return
     from kvmtool.kernel_search import find_debug_file
 

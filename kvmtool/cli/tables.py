@@ -6,7 +6,6 @@ is imported only when a terminal is too narrow.
 
 from __future__ import annotations
 
-import shutil
 from typing import TYPE_CHECKING, Literal
 
 from kvmtool.cli.color import bold, colored
@@ -77,7 +76,9 @@ class Table:
 
     def _print(self, block: list[list[str]]) -> None:
         """A block on a terminal."""
-        columns = shutil.get_terminal_size().columns
+        from shutil import get_terminal_size
+
+        columns = get_terminal_size().columns
         cut = fit(self._widths, self._right, columns)
         if cut is None:
             self._write_paragraphs(block)

@@ -30,7 +30,7 @@ _LIMIT = 32 << 20  # bytes of words kept for one kernel
 def remember(what: str, where: Where, words: Callable[[], Iterable[tuple[str, str]]]) -> None:
     """Keep "symbols", "types" or "pids" of a kernel; `words` gives each, with a description or "".
 
-    It is asked only if they are not kept yet: files are known by path, size and time of change.
+    It is asked only if they are not kept yet: files are known by inode, size and time of change.
     """
     from kvmtool import cache
 
@@ -136,19 +136,19 @@ def _named(ctx: click.Context, name: str) -> str | None:
 
 
 def _key(what: str, kernel: str | None, core: str | None) -> str:
-    from hashlib import blake2b
-
-    text = "\0".join(map(_file, (kernel, core if what == "pids" or kernel is None else None)))
-    digest = blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16)
-    return f"{what}-{digest.hexdigest()}"
+    named = (kernel, core if what == "pids" or kernel is None else None)
+    return "-".join((what, *(_file(path) for path in named if path is not None)))
 
 
-def _file(path: str | None) -> str:
-    """What tells a file from others; of what is none, its name."""
-    if path is None:
-        return ""
+def _file(path: str) -> str:
+    """What tells a file from others; of what is none, a sum of its name.
+
+    No hash: for those of hashlib OpenSSL is loaded, which takes longer than to list processes.
+    """
+    from zlib import crc32
+
     try:
         status = os.stat(path)
     except OSError:
-        return path
-    return f"{os.path.abspath(path)} {status.st_size} {status.st_mtime_ns}"
+        return f"{crc32(os.fsencode(path)):x}"
+    return f"{status.st_dev:x}.{status.st_ino:x}.{status.st_size:x}.{status.st_mtime_ns:x}"
