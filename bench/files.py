@@ -69,8 +69,7 @@ def volatility(sheet: Sheet, folder: str) -> None:
     lime, kernel = (inputs.real(f"dumps/{_DUMP}/{n}") for n in ("mem.lime", "mach_kernel"))
     symbols = os.path.join(folder, "symbols")
     compare.write_isf(symbols, _DUMP, inputs.truth(_DUMP))
-    vol = os.path.join(os.path.dirname(peers.PYTHON), "vol")
-    theirs = [vol, "-q", "-s", symbols, "-f", lime, "-r", "json"]
+    theirs = [peers.VOLATILITY, "-q", "-s", symbols, "-f", lime, "-r", "json"]
     costs = medians(
         {
             "ours": kvmtool("procs", "-N", kernel, "-M", lime),

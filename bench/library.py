@@ -10,6 +10,7 @@ import time
 from typing import TYPE_CHECKING
 
 import kvmtool
+from bench.images import STATIC, write_image
 from bench.process import ENVIRONMENT, cost
 
 if TYPE_CHECKING:
@@ -21,8 +22,9 @@ _OPEN = """
 import sys, time
 import kvmtool
 begin = time.process_time()
-kvm = kvmtool.open(None, sys.argv[1])
-kvm.memory.read(int(sys.argv[2], 0), 4)
+path, address, kernel = sys.argv[1:]
+kvm = kvmtool.open(kernel or None, path, format="raw" if kernel else None)
+kvm.memory.read(int(address, 0), 4)
 print(time.process_time() - begin)
 """
 
@@ -49,37 +51,27 @@ def write_segments(folder: str, count: int) -> str:
     return path
 
 
-def write_sparse(folder: str) -> str:
-    """A core of 64 segments of 1 GB, all but its load commands a hole in the file."""
-    path = os.path.join(folder, "sparse.core")
-    command, piece, start = struct.Struct("<II16s4Q4I"), 1 << 30, 1 << 16
-    with open(path, "wb") as out:
-        out.write(struct.pack("<8I", 0xFEEDFACF, 0x01000007, 3, 4, 64, 64 * command.size, 0, 0))
-        for n in range(64):
-            place = (_BASE + n * piece, piece, start + n * piece, piece)
-            out.write(command.pack(0x19, command.size, b"", *place, 7, 3, 0, 0))
-        out.truncate(start + 64 * piece)
-    return path
-
-
 def large(sheet: Sheet, folder: str) -> None:
-    """A core of a million segments, and one of 64 GB."""
+    """A core of a million segments, and an image of 64 GB."""
+    address = _BASE + 777_777 * 8192
+    seconds, peak = _opened(write_segments(folder, _SEGMENTS), None, address)
     what = "open of a core with 1,000,000 segments"
-    _opened(sheet, what, write_segments(folder, _SEGMENTS), _BASE + 777_777 * 8192)
-    _opened(sheet, "open of a sparse core of 64 GB", write_sparse(folder), _BASE + (63 << 30))
+    figure, used = f"{seconds:.2f} s CPU, {peak:.0f} MB", max(seconds / 0.5, peak / 150)
+    sheet.add(what, figure, target="0.5 s, 150 MB", used=used)
+    image = write_image(os.path.join(folder, "sparse"), 64 << 30, 0)
+    seconds, peak = _opened(image.path, image.kernel, image.at + STATIC)
+    what = "open of a sparse image of 64 GB, the kernel at its end"
+    sheet.add(what, f"{seconds:.2f} s CPU, {peak:.0f} MB", target="0.5 s", used=seconds / 0.5)
 
 
-def _opened(sheet: Sheet, what: str, path: str, address: int) -> None:
-    """CPU seconds of open and one read in a process of its own, and that process's memory."""
-    command = [sys.executable, "-c", _OPEN, path, hex(address)]
+def _opened(path: str, kernel: str | None, address: int) -> tuple[float, float]:
+    """CPU seconds of open and one read in a process of its own, and that process's MB."""
+    command = [sys.executable, "-c", _OPEN, path, hex(address), kernel or ""]
     done = [
         subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True).stdout
         for _ in range(3)
     ]
-    seconds, peak = min(map(float, done)), cost(command).mb
-    met = seconds <= 0.5 and peak <= 150
-    figure = f"{seconds:.2f} s CPU, {peak:.0f} MB"
-    sheet.add(what, figure, target="0.5 s, 150 MB", met=met)
+    return min(map(float, done)), cost(command).mb
 
 
 def lookups(sheet: Sheet, kernel: str, core: str) -> None:
@@ -94,7 +86,7 @@ def lookups(sheet: Sheet, kernel: str, core: str) -> None:
         took = 1000 * (time.process_time() - begin)
         assert None not in found
         what = f"{len(names):,} lookups after the first"
-        sheet.add(what, f"{took:.0f} ms CPU", target="at most 60 ms", met=took <= 60)
+        sheet.add(what, f"{took:.0f} ms CPU", target="at most 60 ms", used=took / 60)
         _reads(sheet, kvm, "random 4-byte reads, Mach-O core")
 
 
@@ -107,7 +99,7 @@ def _reads(sheet: Sheet, kvm: kvmtool.Kvm, what: str) -> None:
         read(address, 4)
     rate = _READS / (time.process_time() - begin)
     target = "at least 400,000 a second"
-    sheet.add(what, f"{rate:,.0f} a second", target=target, met=rate >= 400_000)
+    sheet.add(what, f"{rate:,.0f} a second", target=target, used=400_000 / rate)
 
 
 def paged_reads(sheet: Sheet, kernel: str, image: str) -> None:

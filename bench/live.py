@@ -12,8 +12,9 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import kvmtool
-from bench.memory import MIB, ROUNDS, STATIC, Image, write_image
+from bench.images import MIB, STATIC, Image, write_image
 from bench.peers import ROOT
+from bench.reads import ROUNDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -44,7 +45,7 @@ def serve(image: Image, address: int, wire: Any) -> None:
 @contextlib.contextmanager
 def own_stub(folder: str) -> Iterator[tuple[str, str]]:
     """(kernel's file, address) of a stub in another process."""
-    image = write_image(folder, "live", 16 * MIB, 0, 0)
+    image = write_image(os.path.join(folder, "live"), 16 * MIB, 0, skew=0)
     ours, theirs = multiprocessing.Pipe()
     arguments = (image, image.at + STATIC, theirs)
     server = multiprocessing.get_context("spawn").Process(target=serve, args=arguments)
@@ -101,5 +102,5 @@ def run(sheet: Sheet, folder: str) -> None:
             walked = reads_a_second(kvm.memory.read, start)
     what = "live reads of 8 to 64 bytes by gdb's protocol"
     figure, target = f"{direct:,.0f} a second", "at least 5,000 a second"
-    sheet.add(what, figure, against=whose, target=target, met=direct >= 5000)
+    sheet.add(what, figure, against=whose, target=target, used=5000 / direct)
     sheet.add(f"{what}, page tables walked here", f"{walked:,.0f} a second", against=whose)

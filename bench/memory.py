@@ -10,11 +10,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import importlib.util
-import json
-import math
-import mmap
 import os
-import random
 import shutil
 import statistics
 import subprocess
@@ -22,207 +18,26 @@ import sys
 import sysconfig
 import time
 import zlib
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
-from bench.peers import PYTHON, installed
+from bench import peers
+from bench.images import DATA, LARGE, MIB, PAGE, write_image
+from bench.process import kvmtool, medians
+from bench.reads import READ_SIZE, ROUNDS, bench_reads, cpu
 from kvmtool.formats.kdump import Kdump
 from kvmtool.formats.raw import Raw
 from kvmtool.macho import MachO
-from kvmtool.paging import PagedMemory
 from kvmtool.source import BytesSource, FileSource
 from kvmtool.way_in import find_way
-from kvmtool.way_roots import walker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
+    from bench.images import Image
     from bench.sheet import Sheet
 
-MIB = 1 << 20
-ROUNDS = 5
-MEAN_RUN = 16  # pages
-READ_SIZE = 512 * MIB
 SCAN_SIZE = 1 << 30
 KDUMP_SIZE = 32 * MIB
-STATIC = 0xFFFFFF8000000000  # the virtual minus the physical address of a static kernel
-LINK = STATIC + 0x200000
-DATA = 0xFFFFFF8400000000  # where the pages to be read are mapped
-
-
-class Run(NamedTuple):
-    """`size` bytes at DATA + `offset` that lie at `physical`."""
-
-    offset: int
-    physical: int
-    size: int
-
-
-class Image(NamedTuple):
-    """A raw image of physical memory with a kernel in it, and its kernel's file."""
-
-    path: str
-    kernel: str
-    root: int
-    at: int  # the kernel's header in physical memory
-    runs: list[Run]
-
-
-def fragments(size: int) -> list[Run]:
-    """[0, size) shuffled in pieces of a geometric distribution, MEAN_RUN pages on average."""
-    rand = random.Random(4)
-    pieces, page = [], 0
-    while page < size >> 12:
-        count = 1 + int(math.log(1 - rand.random()) / math.log(1 - 1 / MEAN_RUN))
-        count = min(count, (size >> 12) - page)
-        pieces.append((page << 12, count << 12))
-        page += count
-    rand.shuffle(pieces)
-    runs, offset = [], 0
-    for physical, length in pieces:
-        runs.append(Run(offset, physical, length))
-        offset += length
-    return runs
-
-
-def write_image(folder: str, name: str, size: int, data: int, skew: int = 0x23000) -> Image:
-    """`data` random bytes, mapped in fragments; 4 MiB before the end a kernel; else holes.
-
-    It begins `skew` bytes behind a 2 MiB boundary: on one, it is found without a scan.
-    """
-    from builders import tiny_kernel
-    from builders.pagetable import Tables
-
-    path = os.path.join(folder, name)
-    at = size - 4 * MIB + skew
-    with open(path, "wb+") as file:
-        for _ in range(0, data, 16 * MIB):
-            file.write(os.urandom(16 * MIB))
-        file.truncate(size)
-        memory: Any = mmap.mmap(file.fileno(), size)
-        tables = Tables("4-level", 0, memory)
-        slide = at + STATIC - LINK
-        pointers = {"_IdlePML4": tables.root + STATIC}
-        kernel = tiny_kernel.build("x86_64", LINK, slide, variables=pointers)
-        memory[at : at + len(kernel.image)] = kernel.image
-        for offset in range(0, tiny_kernel.END, 4096):
-            tables.map(kernel.address + offset, at + offset)
-        runs = fragments(data)
-        for run in runs:
-            for inside in range(0, run.size, 4096):
-                tables.map(DATA + run.offset + inside, run.physical + inside)
-        memory.close()
-    with open(path + ".mach_kernel", "wb") as out:
-        out.write(kernel.file)
-    return Image(path, path + ".mach_kernel", tables.root, at, runs)
-
-
-# virtual reads
-
-
-# drgn knows the runs beforehand and walks no table: a segment is a run, over the same mapping. Its
-# callback slices the mapping, as one writes it, which copies; and a view of it, which does not.
-DRGN_SIDE = """
-import json, mmap, sys, time, zlib
-from drgn import Architecture, Platform, Program
-path, base, size, chunk, runs = json.loads(sys.stdin.readline())
-with open(path, "rb") as file:
-    mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-def program(memory):
-    prog = Program(Platform(Architecture.X86_64))
-    for offset, physical, length in runs:
-        def get(address, count, inside, is_physical, at=physical):
-            return memory[at + inside : at + inside + count]
-        prog.add_memory_segment(base + offset, length, get)
-    return prog
-programs = {"slice": program(mapping), "view": program(memoryview(mapping))}
-for prog in programs.values():
-    check = 0
-    for at in range(0, size, chunk):
-        check = zlib.crc32(prog.read(base + at, chunk), check)
-print(check, flush=True)
-for line in sys.stdin:
-    prog = programs[line.strip()]
-    begin = time.process_time()
-    for at in range(0, size, chunk):
-        prog.read(base + at, chunk)
-    print(time.process_time() - begin, flush=True)
-"""
-
-
-class Drgn:
-    """drgn in its own process and virtualenv; `seconds` is the CPU time of one pass."""
-
-    def __init__(self, image: Image, size: int, chunk: int) -> None:
-        self._process = subprocess.Popen(
-            [PYTHON, "-c", DRGN_SIDE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.check = int(self._ask(json.dumps([image.path, DATA, size, chunk, image.runs])))
-
-    def _ask(self, line: str) -> str:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(line + "\n")
-        self._process.stdin.flush()
-        return self._process.stdout.readline()
-
-    def seconds(self, callback: str) -> float:
-        return float(self._ask(callback))
-
-    def close(self) -> None:
-        self._process.communicate()
-
-
-def cpu(read: Callable[[int], object], size: int, chunk: int) -> float:
-    """CPU seconds of one pass over [0, size)."""
-    begin = time.process_time()
-    for at in range(0, size, chunk):
-        read(at)
-    return time.process_time() - begin
-
-
-def bench_reads(sheet: Sheet, image: Image, what: str) -> None:
-    """Reads through page tables against a copy out of the mapping, and against drgn."""
-    size, chunk = READ_SIZE, MIB
-    source = FileSource(image.path)
-    physical = Raw(source).physical()
-    tables = walker(physical, "4-level", image.root)
-    memory = PagedMemory(physical, tables)
-    check = 0
-    for at in range(0, size, chunk):
-        check = zlib.crc32(memory.read(DATA + at, chunk), check)
-    drgn = Drgn(image, size, chunk) if installed("drgn") else None
-    if drgn is not None and drgn.check != check:
-        raise SystemExit("drgn reads other bytes: the comparison means nothing")
-    times: dict[str, list[float]] = {
-        name: [] for name in ("copy", "ours", "first", "slice", "view")
-    }
-    for _ in range(ROUNDS):
-        times["copy"].append(cpu(lambda at: source.read_at(at, chunk), size, chunk))
-        times["ours"].append(cpu(lambda at: memory.read(DATA + at, chunk), size, chunk))
-        fresh = PagedMemory(physical, tables)
-        times["first"].append(cpu(lambda at, m=fresh: m.read(DATA + at, chunk), size, chunk))
-        if drgn is not None:
-            for callback in ("slice", "view"):
-                times[callback].append(drgn.seconds(callback))
-    source.close()
-    rate = {name: size / statistics.median(each) / 1e9 for name, each in times.items() if each}
-    ours, copy = rate["ours"], rate["copy"]
-    figure = f"{ours:.1f} GB/s CPU"
-    sheet.faster(what, figure, ours / copy, f"a copy from the mapping ({copy:.1f})", 0.4)
-    first = f"{rate['first']:.1f} GB/s CPU"
-    against = f"a copy from the mapping ({copy:.1f})"
-    sheet.add(
-        f"{what}, nothing known of the tables", first, against=against, ratio=rate["first"] / copy
-    )
-    if drgn is None:
-        sheet.missing(f"{what}, drgn", "drgn cannot be installed here")
-        return
-    drgn.close()
-    theirs = f"drgn, callback that copies ({rate['slice']:.1f})"
-    sheet.faster(what, figure, ours / rate["slice"], theirs, 1.3)
-    # one copy is the least either does: what the copy itself is to drgn's best is the ceiling
-    theirs = f"drgn, callback that does not ({rate['view']:.1f})"
-    sheet.add(what, figure, against=theirs, ratio=ours / rate["view"])
 
 
 # compressed pages
@@ -287,7 +102,28 @@ def bench_scan(sheet: Sheet, image: Image) -> None:
     source.close()
     rate = image.at / statistics.median(seconds[1:]) / 1e9
     what = f"scan of {image.at / 1e9:.2f} GB for the way in"
-    sheet.add(what, f"{rate:.1f} GB/s wall", target="at least 1 GB/s", met=rate >= 1)
+    target = "at least 1 GB/s"
+    sheet.add(what, f"{rate:.1f} GB/s wall", target=target, used=1 / rate)
+    _against_banners(sheet, image)
+
+
+def _against_banners(sheet: Sheet, image: Image) -> None:
+    """The same scan as a whole process, the kernel unknown, and Volatility's scan for banners."""
+    what = f"kernel found in {image.at / 1e9:.2f} GB, the whole process"
+    if not peers.installed("volatility3"):
+        sheet.missing(what, "volatility3 cannot be installed here")
+        return
+    costs = medians(
+        {
+            "ours": kvmtool("info", "-M", image.path, "--core-format", "raw"),
+            "banners": [peers.VOLATILITY, "-q", "-f", image.path, "banners"],
+        },
+        3,
+    )
+    ours, theirs = costs["ours"], costs["banners"]
+    against = f"Volatility 3 banners ({theirs.ms:.0f} ms, {theirs.mb:.0f} MB)"
+    figure = f"{ours.ms:.0f} ms, {ours.mb:.0f} MB"
+    sheet.faster(what, figure, theirs.ms / ours.ms, against, 10)
 
 
 # the mounted kmem
@@ -349,8 +185,15 @@ def bench_mount(sheet: Sheet, image: Image, folder: str) -> None:
 
 def run(sheet: Sheet, folder: str) -> None:
     """Virtual reads, kdump, the scan, and the mount."""
-    image = write_image(folder, "fragments", READ_SIZE + 8 * MIB, READ_SIZE)
-    bench_reads(sheet, image, "virtual reads, 4 KiB pages in runs of 16")
-    bench_kdump(sheet, folder)
-    bench_scan(sheet, write_image(folder, "sparse", SCAN_SIZE, 0))
+    path, size = os.path.join(folder, "image"), READ_SIZE + 8 * MIB
+    for page, mean, what in (
+        (LARGE, 1, "2 MiB pages, shuffled"),
+        (PAGE, 1, "4 KiB pages, shuffled"),
+        (PAGE, 16, "4 KiB pages in runs of 16"),
+    ):
+        image = write_image(path, size, READ_SIZE, page=page, mean=mean)
+        bench_reads(sheet, image, f"virtual reads, {what}", aimed=mean == 16)
     bench_mount(sheet, image, folder)
+    os.unlink(path)
+    bench_kdump(sheet, folder)
+    bench_scan(sheet, write_image(path, SCAN_SIZE + 8 * MIB, SCAN_SIZE, page=0))

@@ -17,17 +17,18 @@ if TYPE_CHECKING:
     from bench.sheet import Sheet
     from tests.builders.xnu import Built
 
-PROCESSES, DESCRIPTORS = 2_000, 20_000
+PROCESSES, DESCRIPTORS, FEW = 2_000, 20_000, 400
 _TYPES = "types/x86_64-10.8.5.types.json.gz"
 
 
 class _Machine:
     """Its files: the kernel, a core, physical memory, and symbols for Volatility if there are."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, processes: int, descriptors: int) -> None:
         from builders import bench
 
-        built = bench.busy(PROCESSES, DESCRIPTORS)
+        os.mkdir(folder)
+        built = bench.busy(processes, descriptors)
         self.kernel = self._write(folder, "kernel", built.kernel)
         self.core = self._write(folder, "core", built.core)
         self.lime = self._write(folder, "memory.lime", built.truth["ram"].lime())
@@ -69,7 +70,7 @@ def run(sheet: Sheet, folder: str) -> None:
     """procs with every column that needs no user memory, files, and Volatility's two plugins."""
     from kvmtool.cli.procs import LISTING
 
-    machine = _Machine(folder)
+    machine = _Machine(os.path.join(folder, "many"), PROCESSES, DESCRIPTORS)
     started = {"path", "args", "env", "apple"}
     columns = ",".join(column.name for column in LISTING.columns if column.name not in started)
     where = ("-N", machine.kernel, "-M", machine.core)
@@ -87,17 +88,38 @@ def run(sheet: Sheet, folder: str) -> None:
         ("json", f"files, {DESCRIPTORS:,} descriptors, json", 3000),
     ):
         ms = costs[name].ms
-        sheet.add(what, _figure(costs[name]), target=f"at most {most} ms", met=ms <= most)
+        sheet.add(what, _figure(costs[name]), target=f"at most {most} ms", used=ms / most)
     if not machine.known or not peers.installed("volatility3"):
         sheet.missing("procs and files, against Volatility 3", "it or its types are not here")
         return
     _volatility(sheet, machine)
+    _few(sheet, _Machine(os.path.join(folder, "few"), FEW, 10 * FEW))
+
+
+def _few(sheet: Sheet, machine: _Machine) -> None:
+    """A machine as large as a person's, where starting up is most of it."""
+    where = ("-N", machine.kernel, "-M", machine.lime, "--format", "json")
+    theirs = [peers.VOLATILITY, "-q", "-s", machine.symbols, "-f", machine.lime, "-r", "json"]
+    commands: dict[str, list[str] | str] = {
+        "click": [sys.executable, "-c", "import click"],
+        "procs": kvmtool("procs", *where),
+        "pslist": [*theirs, "mac.pslist"],
+    }
+    costs = medians(commands, 5)
+    ours, pslist = costs["procs"], costs["pslist"]
+    why = (
+        f"both have hardly begun: a bare `import click` takes {costs['click'].ms:.0f} ms, and a "
+        f"twentieth of theirs would be {pslist.ms / 20:.0f}; each further process costs them ten "
+        "times what it costs us and more, as the row of 2,000 shows"
+    )
+    against = f"Volatility 3 mac.pslist ({_figure(pslist)})"
+    what = f"procs, {FEW} processes in LiME"
+    sheet.faster(what, _figure(ours), pslist.ms / ours.ms, against, 20, why)
 
 
 def _volatility(sheet: Sheet, machine: _Machine) -> None:
     """The same lists from the same physical memory; lsof takes a minute and runs once."""
-    vol = os.path.join(os.path.dirname(peers.PYTHON), "vol")
-    theirs = [vol, "-q", "-s", machine.symbols, "-f", machine.lime, "-r", "json"]
+    theirs = [peers.VOLATILITY, "-q", "-s", machine.symbols, "-f", machine.lime, "-r", "json"]
     where = ("-N", machine.kernel, "-M", machine.lime, "--format", "json")
     costs = medians(
         {

@@ -8,7 +8,10 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from typing import NamedTuple
+
+from bench import peers
 
 TOOLS = {
     "llvm-nm": ["llvm-nm", "--version"],
@@ -16,13 +19,14 @@ TOOLS = {
     "llvm-dwarfdump": ["llvm-dwarfdump", "--version"],
     "QEMU": ["qemu-system-x86_64", "--version"],
 }
-PACKAGES = ("click", "rich", "macholib", "construct", "pyelftools", "rapidgzip", "mfusepy")
+PACKAGES = ("click", "rich", "construct", "pyelftools", "rapidgzip", "mfusepy")
 
 
 class Row(NamedTuple):
     """One figure: `ours` as text, `against` whom and their figure, the `ratio`, the `target`.
 
-    `met` is None where nothing was asked for, or where it could not be measured.
+    `used` is the share of what the target allows: above 1 it is missed, and `why` says why if that
+    is known; None where nothing was asked for, or where it could not be measured.
     """
 
     section: str
@@ -31,7 +35,13 @@ class Row(NamedTuple):
     against: str
     ratio: str
     target: str
-    met: bool | None
+    used: float | None
+    why: str
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the target was met; None without one."""
+        return None if self.used is None else self.used <= 1
 
 
 class Sheet:
@@ -40,6 +50,8 @@ class Sheet:
     def __init__(self) -> None:
         self.rows: list[Row] = []
         self.section = ""
+        self._began = time.time()
+        self._load = os.getloadavg()[0]
 
     def add(
         self,
@@ -49,18 +61,22 @@ class Sheet:
         against: str = "",
         ratio: float | None = None,
         target: str = "",
-        met: bool | None = None,
+        used: float | None = None,
+        why: str = "",
     ) -> None:
         """One more row of the section; printed at once."""
         share = "" if ratio is None else f"{ratio:.3g} x"
-        self.rows.append(Row(self.section, what, ours, against, share, target, met))
-        verdict = {None: "", True: "met", False: "MISSED"}[met]
+        row = Row(self.section, what, ours, against, share, target, used, why)
+        self.rows.append(row)
+        verdict = {None: "", True: "met", False: "MISSED"}[row.met]
         print(f"{what:<48} {ours:>16}  {share:>9} {against:<28} {target:<18} {verdict}", flush=True)
 
-    def faster(self, what: str, ours: str, ratio: float, against: str, least: float) -> None:
+    def faster(
+        self, what: str, ours: str, ratio: float, against: str, least: float, why: str = ""
+    ) -> None:
         """A row whose ratio is theirs over ours (or our rate over theirs): at least `least`."""
-        target = f"at least {least:g} x"
-        self.add(what, ours, against=against, ratio=ratio, target=target, met=ratio >= least)
+        target, used = f"at least {least:.3g} x", least / ratio
+        self.add(what, ours, against=against, ratio=ratio, target=target, used=used, why=why)
 
     def missing(self, what: str, why: str) -> None:
         """What could not be measured here."""
@@ -80,6 +96,7 @@ class Sheet:
             "cache. CPU is user and system time of the finished process; machines differ, ratios",
             "less. Every row can be run again with `make bench`.\n",
             *_machine(),
+            self._circumstances(),
         ]
         for section in dict.fromkeys(row.section for row in self.rows):
             parts += [f"\n## {section}\n", "| what | ours | ratio | against | target | |"]
@@ -89,7 +106,21 @@ class Sheet:
                     met = {None: "", True: "met", False: "**missed**"}[row.met]
                     cells = (row.what, row.ours, row.ratio, row.against, row.target, met)
                     parts.append("| " + " | ".join(cells) + " |")
+        if self.missed:
+            parts.append("\n## What was missed, and why\n")
+        for row in self.missed:
+            why = row.why or "no reason is known but what else ran on the machine"
+            parts.append(f"- **{row.what}**, {row.target}: by {(row.used or 1) - 1:.0%}: {why}.")
         return "\n".join(parts) + "\n"
+
+    def _circumstances(self) -> str:
+        """How long the run took, and how busy the machine was: one load is one CPU of work."""
+        minutes = (time.time() - self._began) / 60
+        load = os.getloadavg()[1]
+        return (
+            f"- the run took {minutes:.0f} minutes; the load average was {self._load:.1f} before it "
+            f"and {load:.1f} at its end, the run itself being one"
+        )
 
 
 def _machine() -> list[str]:
@@ -109,6 +140,7 @@ def _machine() -> list[str]:
             said = subprocess.run(command, capture_output=True, text=True, check=False).stdout
             version = next((line.strip() for line in said.splitlines() if "ersion" in line), "")
             lines.append(f"- {name}: {version}")
+    lines += (f"- {version}" for version in peers.versions())
     for name in PACKAGES:
         try:
             lines.append(f"- {name} {importlib.metadata.version(name)}")
