@@ -118,8 +118,8 @@ class Sheet:
         minutes = (time.time() - self._began) / 60
         load = os.getloadavg()[1]
         return (
-            f"- the run took {minutes:.0f} minutes; the load average was {self._load:.1f} before it "
-            f"and {load:.1f} at its end, the run itself being one"
+            f"- the run took {minutes:.0f} minutes; load average {self._load:.1f} before it, "
+            f"{load:.1f} at its end, of which the run is one"
         )
 
 
