@@ -20,7 +20,7 @@ demo: $(STAMP) ## run nlist, read and procs on the embedded sample
 test: $(STAMP) ## run all tests
 	@$(BIN)/python -m pytest
 
-check: $(STAMP) ## lint, types, layering, generated documents
+check: $(STAMP) ## lint, types, dead code, duplicates, layers, sizes, generated documents
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy --strict kvmtool
