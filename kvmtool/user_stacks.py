@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from kvmtool.errors import FaultError, FormatError, NotFoundError, UnsupportedError
 from kvmtool.xnu.queues import Report
 from kvmtool.xnu.user_stack import Mappings, UserStack, UserWalk
-from kvmtool.xnu.user_state import UserState, user_state
+from kvmtool.xnu.user_state import UserState, UserStates
 from kvmtool.xnu.vmmap import Maps
 
 if TYPE_CHECKING:
@@ -24,9 +24,10 @@ class UserStacks:
     """The user-mode stacks of one dump; of each process memory and map are looked up once."""
 
     def __init__(self, kvm: Kvm, stacks: Stacks, report: Report | None = None) -> None:
-        """Finds the processes. Raises as `Kvm.verified_target`."""
+        """Finds the processes. Raises as `Kvm.verified_target` and `UserStates`."""
         self._kvm, self._stacks = kvm, stacks
         self._target = kvm.verified_target()
+        self._states = UserStates(self._target)
         self._report = report if report is not None else Report()
         self._procs = {proc.pid: proc for proc in kvm.procs(self._report)}
         self._maps = Maps(self._target, self._report)
@@ -38,7 +39,7 @@ class UserStacks:
         if thread is None or proc is None or proc.pid == 0:
             return None
         try:
-            state = self._running(thread) or user_state(self._target, thread.address)
+            state = self._running(thread) or self._states.read(thread.address)
         except FaultError as fault:
             return UserStack((), f"its registers at {fault.address:#x} are {fault.reason}", True)
         if state is None:

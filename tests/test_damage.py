@@ -30,7 +30,8 @@ REAL = ("x86_64-10.8.5", "i386-10.5.8")
 BUILT = ("10.9.5 x86_64", "14.6 arm64")
 COMMANDS = (
     *("procs", "procs -o pid,time,utime,stime,vsize,rss,wchan,csflags,text,address", "args"),
-    *("threads", "backtrace", "backtrace --all", "files", "net", "net --interfaces"),
+    *("threads", "backtrace", "backtrace --all", "backtrace --all --user", "files", "net"),
+    "net --interfaces",
     *("net --routes", "mounts", "kexts", "devsw --all", "syscalls", "sysctl --computed", "vm"),
     *("zones", "vmmap 1", "vmmap kernel", "load", "cpus", "host", "dmesg", "panic", "check"),
     *("info", "nlist _allproc _cdevsw", "symbols devsw", "type proc", "types proc"),
@@ -136,6 +137,7 @@ def key_of(command: str, row: dict[str, Any]) -> str:
         "vm": ("group", "counter"),
         "backtrace": ("thread", "cpu"),
         "backtrace --all": ("thread",),
+        "backtrace --all --user": ("thread",),
         "devsw --all": ("kind", "major"),
         "sysctl --computed": ("address",),
         "check": ("where",),

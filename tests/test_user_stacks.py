@@ -13,10 +13,10 @@ from kvmtool.cli import cli
 from kvmtool.errors import NotFoundError
 from kvmtool.types.model import TypeTable
 from kvmtool.xnu.user_stack import LIMIT, Mapping, Mappings, UserWalk
-from kvmtool.xnu.user_state import UserState, user_state
+from kvmtool.xnu.user_state import UserState, UserStates
 from tests.builders.sparse import Sparse
 from tests.builders.typed import memory_of
-from tests.inputs import real
+from tests.inputs import plain_core, real
 
 KERNEL = "machine/x86_64-xnu-2422.115.4.mach_kernel"
 
@@ -76,6 +76,10 @@ def test_for_a_person():
 # what a thread had saved
 
 
+def user_state(target, thread):
+    return UserStates(target).read(thread)
+
+
 @pytest.mark.parametrize("name", ["10.14.6 x86_64", "15.5 x86_64"])
 def test_saved_by_intel(name):
     made = Sparse(name)
@@ -128,6 +132,14 @@ def test_types_that_do_not_say_where(name):
     thread = made.record("thread")
     with pytest.raises(NotFoundError, match=r"thread\.machine\.iss.* --types takes more"):
         user_state(made.target(), thread.address)
+
+
+def test_built_in_types_are_asked_before_anything_is_told():
+    dump = "x86_64-10.8.5"
+    args = ["-N", real(f"dumps/{dump}/mach_kernel"), "-M", plain_core(dump), "--format", "json"]
+    found = CliRunner().invoke(cli, ["backtrace", "--all", "--user", *args])
+    assert (found.exit_code, found.stdout) == (1, "")
+    assert "member thread.machine.iss not found; " in found.stderr
 
 
 def test_the_kernels_own_types_say_where():

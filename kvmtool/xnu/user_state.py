@@ -40,40 +40,64 @@ class UserState(NamedTuple):
     width: int
 
 
-def user_state(target: Target, thread: int) -> UserState | None:
-    """What the thread at `thread` had in user mode; None for one that never was there.
+class UserStates:
+    """Reads it for the threads of one kernel."""
 
-    Raises `FaultError`, and `NotFoundError` where types do not say where it is kept.
-    """
-    if target.arch.name.startswith("arm64"):
-        return _arm64(target, thread)
-    return _x86(target, thread)
+    def __init__(self, target: Target) -> None:
+        """Finds out where it is kept. Raises `NotFoundError` where types do not say so."""
+        self._target, types = target, target.types
+        self._arm = target.arch.name.startswith("arm64")
+        self._pcb: int | None = None  # where machine.pcb is, and iss in a pcb then
+        if self._arm:
+            self._at = _needed(types, "machine.upcb")
+            return
+        late = types.has("thread", "machine.iss")
+        if late or not types.has("pcb", "iss"):
+            self._at = _needed(types, "machine.iss")
+        else:
+            self._pcb, self._at = _needed(types, "machine.pcb"), types.offset("pcb", "iss")
+        widths = (4, 8) if late or target.arch.pointer_size == 8 else (4,)
+        self._places = {width: _places(types, width, late) for width in widths}
+
+    def read(self, thread: int) -> UserState | None:
+        """What the thread at `thread` had in user mode; None for one that never was there.
+
+        Raises `FaultError`.
+        """
+        if self._pcb is not None:
+            thread = self._target.pointer(thread + self._pcb)
+        state = self._target.pointer(thread + self._at) if thread else 0
+        if not state:
+            return None
+        return self._arm64(state) if self._arm else self._x86(state)
+
+    def _x86(self, state: int) -> UserState | None:
+        width = _WIDTHS.get(self._target.unsigned(state, "I"), 0)
+        if width not in self._places:
+            return None
+        code = "I" if width == 4 else "Q"
+        places = self._places[width]
+        pc, sp, fp, cs = (self._target.unsigned(state + place, code) for place in places)
+        return UserState(pc, sp, fp, None, width) if cs & 3 == 3 else None
+
+    def _arm64(self, state: int) -> UserState | None:
+        data = self._target.memory.read(state + _ARM_FP, _ARM_STATE.size)
+        *addresses, cpsr = _ARM_STATE.unpack(data)
+        fp, lr, sp, pc = map(self._target.strip, addresses)
+        if not pc or cpsr & _ARM_MODE:
+            return None
+        return UserState(pc, sp, fp, lr, 8)
+
+
+def _needed(types: TypeTable, member: str) -> int:
+    found = offset_of(types, "thread", member)
+    if found is None:
+        raise _lacking(types, member)
+    return found
 
 
 def _lacking(types: TypeTable, member: str) -> NotFoundError:
     return NotFoundError("member", f"thread.{member}", (), whose_types(types.name, types.origin))
-
-
-def _x86(target: Target, thread: int) -> UserState | None:
-    types = target.types
-    direct = offset_of(types, "thread", "machine.iss")
-    if direct is not None:
-        state = target.pointer(thread + direct)
-    else:
-        pcb, inside = offset_of(types, "thread", "machine.pcb"), offset_of(types, "pcb", "iss")
-        if pcb is None or inside is None:
-            raise _lacking(types, "machine.iss")
-        at = target.pointer(thread + pcb)
-        state = target.pointer(at + inside) if at else 0
-    if not state:
-        return None
-    width = _WIDTHS.get(target.unsigned(state, "I"))
-    if width is None:
-        return None
-    code = "I" if width == 4 else "Q"
-    places = _places(types, width, direct is not None)
-    pc, sp, fp, cs = (target.unsigned(state + place, code) for place in places)
-    return UserState(pc, sp, fp, None, width) if cs & 3 == 3 else None
 
 
 def _places(types: TypeTable, width: int, late: bool) -> tuple[int, ...]:
@@ -84,18 +108,3 @@ def _places(types: TypeTable, width: int, late: bool) -> tuple[int, ...]:
     if not late or types.has("machine_thread"):
         raise _lacking(types, "machine.iss->uss")
     return _PLACES[width]
-
-
-def _arm64(target: Target, thread: int) -> UserState | None:
-    at = offset_of(target.types, "thread", "machine.upcb")
-    if at is None:
-        raise _lacking(target.types, "machine.upcb")
-    state = target.pointer(thread + at)
-    if not state:
-        return None
-    data = target.memory.read(state + _ARM_FP, _ARM_STATE.size)
-    *addresses, cpsr = _ARM_STATE.unpack(data)
-    fp, lr, sp, pc = map(target.strip, addresses)
-    if not pc or cpsr & _ARM_MODE:
-        return None
-    return UserState(pc, sp, fp, lr, 8)
