@@ -1,8 +1,8 @@
 """Kext files beside the kernel's: whose symbols they are, told by UUID, else by what they say.
 
 A kernel gives back a kext's symbols once it has started it, so a dump seldom has them. A file in
-the kernel's own directory is that kext when both have the same UUID; when one of them has none,
-when its identifier and version are the loaded kext's.
+the kernel's own directory is that kext when both have the same UUID; when no UUID of the kext's is
+known, when its identifier and version are the loaded kext's.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class KextFile(NamedTuple):
 
     def is_of(self, kext: Kext) -> bool:
         """Whether `kext`, which lies in memory, was loaded from this file."""
-        if self.uuid is not None and kext.uuid is not None:
+        if kext.uuid is not None:  # it comes from the file: one without is another build
             return self.uuid == kext.uuid
         return (self.identifier, self.version) == (kext.identifier, kext.version)
 
