@@ -151,6 +151,16 @@ class Shifted:
         for address in self._physical.find(needle, step):
             yield (address + self._delta) & MASK
 
+    def stored(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """See `RunMemory.stored`; all of it where the memory below cannot tell."""
+        parts = getattr(self._physical, "stored", None)
+        if parts is None:
+            yield start, end
+            return
+        at = (start - self._delta) & MASK
+        for first, last in parts(at, at + end - start):
+            yield start + first - at, start + last - at
+
     def read_pieces(self, address: int, size: int) -> Iterator[Piece]:
         """See `Memory.read_pieces`."""
         for piece in self._physical.read_pieces((address - self._delta) & MASK, size):
@@ -185,10 +195,12 @@ def addresses(memory: Memory, machine: Machine, link: int | None) -> Iterator[in
             yield stext
     start = machine.first if link is None else link
     count = 1 if link is not None and machine is I386 else machine.slides
-    for number in range(max(count, link is not None)):
-        address = start + number * machine.step
-        if _read(memory, address, 8) == machine.head:
-            yield address
+    end = start + max(count, link is not None) * machine.step
+    parts = getattr(memory, "stored", None)
+    for first, last in ((start, end),) if parts is None else parts(start, end):
+        for address in range(first + (start - first) % machine.step, last, machine.step):
+            if _read(memory, address, 8) == machine.head:
+                yield address
 
 
 def _stext(memory: Memory, address: int, eyecatcher: bytes) -> int:
