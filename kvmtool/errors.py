@@ -88,15 +88,15 @@ class NotFoundError(KvmError, LookupError):
     """Nothing of that name: `kind` ("symbol", "structure", ...), `name`, and `near` misses."""
 
     def __init__(self, kind: str, name: str, near: Sequence[str] = (), hint: str = "") -> None:
-        self.kind = kind
-        self.name = name
-        self.near = tuple(near)
         message = f"{kind} {name} not found"
         if near:
             message += f" (did you mean {', '.join(near)}?)"
         if hint:
             message += f"; {hint}"
         super().__init__(message)
+        # last: in a class that is an AttributeError as well, Python 3.14 comes to its __init__,
+        # which clears the name
+        self.kind, self.name, self.near = kind, name, tuple(near)
 
 
 class ExpressionError(KvmError, ValueError):

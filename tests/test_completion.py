@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from inputs import ROOT
 
 from kvmtool import sample
+from kvmtool.check import CHECKS
 from kvmtool.cli import COMMANDS, cli
 from kvmtool.cli.params import Where
 from kvmtool.cli.words import matching, remember
@@ -51,6 +52,7 @@ def test_options():
     assert set(offered("procs", "--format", "j")) == {"json", "jsonl"}
     assert set(offered("procs", "--core-format", "l")) == {"lime"}
     assert set(offered("procs", "--arch", "arm6")) == {"arm64", "arm64e"}
+    assert offered("check", "--only", "tex") == {"text": CHECKS["text"].what}
 
 
 @pytest.mark.parametrize("option", ["-N", "-M", "--kernel", "--core", "--types"])
@@ -87,6 +89,8 @@ def test_pids_with_their_names(machine):
     assert offered("args", "--pid", "0") == {"0": "kernel_task"}
     assert offered("procs", *machine, "--pid", "1")["1"] == "launchd"
     assert offered("-M", machine[1], "args", "--pid", "0") == {}
+    assert {"kernel", "0", "1"} <= set(offered("vmmap", ""))
+    assert set(offered("vmmap", "k")) == {"kernel"}
 
 
 def test_some_processes_alone_are_not_all(machine):

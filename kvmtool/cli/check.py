@@ -15,6 +15,8 @@ from kvmtool.errors import KvmError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from click.shell_completion import CompletionItem
+
     from kvmtool.check import Finding, Outcome
     from kvmtool.cli.params import Where
 
@@ -59,6 +61,17 @@ class _Names(click.ParamType[str]):
         if value not in CHECKS:
             self.fail(f"no check {value!r}: expected one of {', '.join(CHECKS)}", param, ctx)
         return str(value)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """The names, with what each check looks at."""
+        from click.shell_completion import CompletionItem
+
+        from kvmtool.check import CHECKS
+
+        names = [name for name in CHECKS if name.startswith(incomplete)]
+        return [CompletionItem(name, help=CHECKS[name].what) for name in names]
 
 
 @click.command(cls=Sectioned)

@@ -9,9 +9,12 @@ import click
 from kvmtool.cli.command import Sectioned
 from kvmtool.cli.listing import Listing, listing_options, opened
 from kvmtool.cli.render import Column
+from kvmtool.cli.words import complete_pids
 from kvmtool.unreadable import Unreadable
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from kvmtool.cli.params import Where
     from kvmtool.kvm import Kvm
     from kvmtool.xnu.vm_map import Map, MapReader
@@ -96,8 +99,15 @@ def _chosen(kvm: Kvm, reader: MapReader, which: str) -> Map:
     return reader.of_process(find_process(kvm.procs(report), number, report))
 
 
+def _complete(ctx: click.Context, param: click.Parameter, start: str) -> list[CompletionItem]:
+    from click.shell_completion import CompletionItem
+
+    kernel = [CompletionItem("kernel")] if "kernel".startswith(start) else []
+    return kernel + complete_pids(ctx, param, start)
+
+
 @click.command(cls=Sectioned)
-@click.argument("which", metavar="PID|kernel|MAP")
+@click.argument("which", metavar="PID|kernel|MAP", shell_complete=_complete)
 @click.option("--submaps", is_flag=True, help="What is in submaps, too, each below its entry.")
 @listing_options
 def vmmap(which: str, submaps: bool, where: Where, columns: tuple[str, ...], format: str) -> None:
