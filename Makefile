@@ -20,6 +20,10 @@ demo: $(STAMP) ## run nlist, read and procs on the embedded sample
 test: $(STAMP) ## run all tests
 	@$(BIN)/python -m pytest
 
+coverage: $(STAMP) ## run all tests, and hold how much of kvmtool/xnu they run against 95 %
+	@$(BIN)/python -m coverage run -m pytest
+	@$(BIN)/python -m coverage report --fail-under 95
+
 check: $(STAMP) ## lint, types, dead code, duplicates, layers, sizes, generated documents
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -71,5 +75,5 @@ peers: $(STAMP) ## compare with Volatility 3 (processes, files, sockets) and pya
 clean: ## remove the virtualenv and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache demo
 
-.PHONY: help venv demo test check docs site man package layouts sample bench fuzz machine peers clean
+.PHONY: help venv demo test coverage check docs site man package layouts sample bench fuzz machine peers clean
 .DEFAULT_GOAL := help
