@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kvmtool.xnu.net import Connection
     from kvmtool.xnu.queues import Report
     from kvmtool.xnu.route import Route
-    from kvmtool.xnu.socket import SocketReader
+    from kvmtool.xnu.socket import Socket, SocketReader
 
 LISTING = Listing(
     "net",
@@ -55,6 +55,7 @@ LISTING = Listing(
     ("proto", "type", "recv_q", "send_q", "local", "foreign", "state", "pid", "command"),
 )
 _EMPTY = dict.fromkeys(column.name for column in LISTING.columns)
+_ENDS = ("local_address", "local_port", "foreign_address", "foreign_port", "tcpcb", "dead")
 
 
 def _shown(addresses: list[dict[str, Any]]) -> str:
@@ -134,12 +135,27 @@ def row_of(sockets: SocketReader, found: Connection, names: dict[Any, Any]) -> d
         row["local"], row["foreign"] = sockets.ends(socket)
     if found.inet is not None:
         row |= _ends("local", found.inet.local) | _ends("foreign", found.inet.foreign)
-        row["dead"] = found.inet.dead
-        row["tcpcb"] = found.inet.ppcb or None if found.protocol == "tcp" else None
+        row["dead"], row["tcpcb"] = found.inet.dead, found.inet.ppcb or None
     elif found.unix is not None:
         row["local"] = found.unix.path
         row["vnode"], row["conn"] = found.unix.vnode or None, found.unix.conn or None
+    elif socket is not None:
+        row |= _unreached(socket)
+    if found.protocol != "tcp":
+        row["tcpcb"] = found.protocol if isinstance(found.protocol, Unreadable) else None
     return row
+
+
+def _unreached(socket: Socket) -> dict[str, Unreadable]:
+    """What a socket's pcb would have told, of one whose pcb, or even family, cannot be read."""
+    family, pcb = socket.family, socket.pcb
+    if isinstance(family, Unreadable):
+        return dict.fromkeys((*_ENDS, "vnode", "conn"), family)
+    if not isinstance(pcb, Unreadable):
+        return {}
+    if socket.of_internet:
+        return dict.fromkeys(_ENDS, pcb)
+    return dict.fromkeys(("vnode", "conn"), pcb) if socket.kind == "unix" else {}
 
 
 def _ends(name: str, end: Any) -> dict[str, Any]:
