@@ -189,15 +189,16 @@ class _Finder:
                     self._add(socket, "ctl_head")
 
     def _descriptors(self, proc: Proc) -> None:
-        lost = 0
+        lost: list[str] = []
         for file in self._reader.files(proc, self._report):
             if file.socket is not None:
                 self._add(file.socket.address, DESCRIPTORS)
                 self.pids.setdefault(file.socket.address, {})[proc.pid] = None
             elif isinstance(file.type, Unreadable) and isinstance(file.fd, int):
-                lost += file.vnode is None
+                lost += [file.type.reason] if file.vnode is None else []
         if lost:
-            text = f"pid {proc.pid}: {lost} descriptors cannot be read, they may be sockets"
+            text = f"pid {proc.pid}: {len(lost)} descriptors cannot be read, they may be sockets: "
+            text += lost[0]
             self._report.stops.append(text)
 
     def _peers(self) -> None:
