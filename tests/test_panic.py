@@ -15,6 +15,7 @@ from kvmtool.cli import cli
 from kvmtool.types import layouts
 from kvmtool.xnu.panic import Said, panic_header, read_log
 from tests.builders.corefile import AEA, Member, boss_mac, gzip_member, rad_mac
+from tests.builders.eras import ERAS
 from tests.builders.running import Running, symbols
 from tests.builders.xnu import has_kaslr
 from tests.inputs import DUMPS, oracle, plain_core, real, truth
@@ -158,12 +159,6 @@ def files(tmp_path, built, core=None):
     kernel.write_bytes(built.kernel)
     dump.write_bytes(core or built.dump())
     return ("-N", str(kernel), "-M", str(dump))
-
-
-ERAS = (
-    *("10.4.11 i386", "10.6.8 i386", "10.6.8 x86_64", "10.9.5 x86_64", "10.14.6 x86_64"),
-    *("12.5 arm64", "15.5 x86_64", "15.5 arm64"),
-)
 
 
 @pytest.mark.parametrize("name", ERAS)
