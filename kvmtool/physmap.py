@@ -64,7 +64,8 @@ def kernel_walker(arch: Arch, memory: Memory, symbols: SymbolTable) -> Walker | 
         return None
     linear = list(linear_ranges(machine, memory, symbols))
     if not linear:
-        raise _missing(f"{_NEEDED[machine]} are needed to find it", symbols)
+        why = _unreadable(memory, symbols, _NEEDED[machine])
+        raise _missing(why or f"{_NEEDED[machine]} are needed to find it", symbols)
     physical = PhysicalPages(memory, linear)
 
     def to_physical(address: int) -> int:
@@ -73,14 +74,26 @@ def kernel_walker(arch: Arch, memory: Memory, symbols: SymbolTable) -> Walker | 
             raise FaultError("kernel", address, 1, ABSENT)
         return found
 
-    wrong = "no symbol names one"
+    wrong = ""  # with the first: later ones are guesses
     for root in of_symbols(memory, to_physical, machine, symbols):
         for mode in root.modes:
             found = _verified(physical, root, mode, linear, symbols)
             if not isinstance(found, str):
                 return found
-            wrong = f"{root.how}, {root.address:#x}: {found}"
-    raise _missing(wrong, symbols)
+            wrong = wrong or f"{root.how}, {root.address:#x}: {found}"
+    raise _missing(wrong or "no symbol names one", symbols)
+
+
+def _unreadable(memory: Memory, symbols: SymbolTable, needed: str) -> str:
+    """Which of the variables that `needed` names lies on a page that is not there; "" if none."""
+    for name in needed.replace(",", " ").split():
+        symbol = symbols.get(name)
+        try:
+            if symbol is not None:
+                memory.check(symbol.address, 4)
+        except FaultError as fault:
+            return f"{name} at {fault.address:#x} is {fault.reason}"
+    return ""
 
 
 def _missing(why: str, symbols: SymbolTable) -> NotFoundError:
@@ -104,7 +117,10 @@ def _verified(
             continue
         found, _, reason = tables.lookup(symbol.address)
         if found != expected:
-            where = reason if found is None else f"at {found:#x}"
+            where = f"at {found:#x}" if found is not None else reason
+            last = tables.walk(symbol.address).steps[-1:]
+            if last and last[0].entry is None:
+                where = f"not to be found: the table at {last[0].table:#x} is absent"
             return f"{name} is {where}, expected at {expected:#x}"
         probed += 1
     return tables if probed else "no variable of the static kernel to verify it by"
