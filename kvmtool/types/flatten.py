@@ -53,7 +53,7 @@ def flatten(compound: Compound) -> Struct:
     Raises `KvmError` for a nest deeper or larger than any real one.
     """
     members: dict[str, Member] = {}
-    for count, member in enumerate(_members(compound, "", 0, 0)):
+    for count, member in enumerate(_members(compound)):
         if member.name:
             members.setdefault(member.name, member)
         if count > MEMBER_LIMIT:
@@ -63,15 +63,21 @@ def flatten(compound: Compound) -> Struct:
     return Struct(compound.tag or "", size, {member.name: member for member in ordered})
 
 
-def _members(compound: Compound, prefix: str, base: int, depth: int) -> Iterator[Member]:
+def _members(compound: Compound) -> Iterator[Member]:
     """All members, those without a name with an empty one."""
-    if depth > DEPTH_LIMIT:
-        raise KvmError(f"struct {compound.tag}: structures nested deeper than {DEPTH_LIMIT}")
-    for field in compound.fields:
-        offset = base + field.offset
-        name = prefix + field.name if field.name else ""  # what has none still counts
-        yield Member(name, offset, field.bit_offset, field.bit_size)
-        inner = unqualified(field.type)
-        if isinstance(inner, Compound):
-            below = f"{name}." if name else prefix
-            yield from _members(inner, below, offset, depth + 1)
+    nest = [(iter(compound.fields), "", 0)]  # what is left of each structure, its prefix, its start
+    while nest:
+        fields, prefix, base = nest[-1]
+        for field in fields:
+            offset = base + field.offset
+            name = prefix + field.name if field.name else ""  # what has none still counts
+            yield Member(name, offset, field.bit_offset, field.bit_size)
+            inner = unqualified(field.type)
+            if isinstance(inner, Compound):
+                if len(nest) > DEPTH_LIMIT:
+                    what = f"structures nested deeper than {DEPTH_LIMIT}"
+                    raise KvmError(f"struct {inner.tag}: {what}")
+                nest.append((iter(inner.fields), f"{name}." if name else prefix, offset))
+                break
+        else:
+            nest.pop()

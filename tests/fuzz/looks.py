@@ -79,13 +79,16 @@ def types(found: Any) -> None:
         list(getattr(found, extra, list)())
 
 
-def ctype(found: CType | None, depth: int = 3) -> None:
+DEPTH = 3  # levels of what types are made of
+
+
+def ctype(found: CType | None, depth: int = DEPTH) -> None:
     """Ask for all that is in a type, some levels deep."""
     if found is None:
         return
     declare(found, "x")
     if isinstance(found, Compound):
-        if found.complete:
+        if found.complete and depth == DEPTH:
             with suppress(KvmError):
                 flatten(found)
         for field in found.fields[:200] if depth else ():
