@@ -228,8 +228,9 @@ def net(
     not say where local ones are chained (10.11 on), those are listed that descriptors lead to.
     Options that say "only" add up.
 
-    --interfaces lists what ifconfig -a does, --routes what netstat -rn does. Both need the kernel's
-    own types (--types) before 10.5 and after 10.13.
+    --interfaces lists what ifconfig -a does, --routes what netstat -rn does. Where no types know
+    them (10.14 on, without --types), where they keep what is found out from those in memory, which
+    stderr says; counters, and the MTU of routes, are empty then.
 
     \b
     Example:

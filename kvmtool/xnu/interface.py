@@ -14,6 +14,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from kvmtool.errors import FaultError, NotFoundError
 from kvmtool.target import Record, offset_of
 from kvmtool.unreadable import Unreadable
+from kvmtool.xnu.network_places import (
+    IFA_ADDR,
+    IFA_DSTADDR,
+    IFA_LINK,
+    IFA_NETMASK,
+    IFI_MTU,
+    IFI_TYPE,
+    ifnet_places,
+)
 from kvmtool.xnu.queues import Report, walk_tail_queue
 from kvmtool.xnu.sockaddr import (
     AF_INET,
@@ -52,6 +61,7 @@ FLAGS = (
     (0x4000, "LINK2"),
     (0x8000, "MULTICAST"),
 )
+DEDUCED = "no types know struct {}: where it keeps what was found out from those in memory"
 FAMILIES = {AF_INET: "inet", AF_INET6: "inet6", AF_LINK: "link"}
 
 
@@ -107,10 +117,15 @@ class InterfaceReader:
     def __init__(self, target: Target) -> None:
         """Compiles what this kernel's types have of ifnet and ifaddr.
 
-        Raises `NotFoundError` for types that do not know them: built-in layouts do from 10.5 to
-        10.13, for others the kernel's own types are needed.
+        Built-in layouts know them from 10.5 to 10.13; for later ones `deduced` says that places
+        were found out from the interfaces themselves. Raises `NotFoundError` where they do not
+        tell, and for types that lack one of the structures.
         """
         self._target = target
+        self.deduced = not target.types.has("ifnet")
+        if self.deduced:
+            self._find_out()
+            return
         types = target.types
         self.link = types.offset("ifnet", "if_link")
         self._heads = types.offset("ifnet", "if_addrhead")
@@ -127,6 +142,28 @@ class InterfaceReader:
         self._ifaddr = Record(
             target, {name: (types.offset("ifaddr", name), "P") for name in pointers}
         )
+
+    def _find_out(self) -> None:
+        """As if types knew; but for the counters, whose places nothing bears out."""
+        head = self._target.symbols.get("_ifnet_head")
+        found = None if head is None else ifnet_places(self._target, head.address)
+        if found is None:
+            self._target.types.struct("ifnet")  # says that there is none
+            raise NotFoundError("structure", "ifnet")
+        self.link, self._heads, self.ifa_link = found.link, found.heads, IFA_LINK
+        fields: dict[str, tuple[int | None, str]] = {
+            "if_name": (found.name, "P"),
+            "unit": (found.unit, "h"),
+            "index": (found.number, "H"),
+            "flags": (found.flags, "H"),
+            **{name: (None, code) for name, (code, _) in _IF_DATA.items()},
+        }
+        if found.data is not None:
+            fields["type"] = (found.data + IFI_TYPE, "B")
+            fields["mtu"] = (found.data + IFI_MTU, "I")
+        self._ifnet = Record(self._target, fields)
+        places = {"ifa_addr": IFA_ADDR, "ifa_netmask": IFA_NETMASK, "ifa_dstaddr": IFA_DSTADDR}
+        self._ifaddr = Record(self._target, {name: (at, "P") for name, at in places.items()})
 
     def head(self) -> int:
         """Where the list of interfaces begins. Raises `NotFoundError`."""
@@ -224,6 +261,8 @@ def interfaces(target: Target, report: Report | None = None) -> Iterator[Interfa
     """
     report = report if report is not None else Report()
     reader = InterfaceReader(target)
+    if reader.deduced:
+        report.notes.append(DEDUCED.format("ifnet"))
     for address in walk_tail_queue(target, reader.head(), reader.link, "ifnet_head", report):
         yield reader.read(address, report)
 

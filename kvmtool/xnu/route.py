@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from kvmtool.errors import FaultError, NotFoundError
 from kvmtool.target import Record, offset_of
 from kvmtool.unreadable import Unreadable
-from kvmtool.xnu.interface import InterfaceNames
+from kvmtool.xnu.interface import DEDUCED, InterfaceNames, interfaces
+from kvmtool.xnu.network_places import route_places
 from kvmtool.xnu.queues import LIMIT, Report
 from kvmtool.xnu.sockaddr import (
     AF_INET,
@@ -72,11 +73,20 @@ class RouteReader:
     def __init__(self, target: Target) -> None:
         """Compiles what this kernel's types have of rtentry.
 
-        Raises `NotFoundError` for types that do not know it: built-in layouts do from 10.5 to
-        10.13, for others the kernel's own types are needed.
+        Built-in layouts know it from 10.5 to 10.13; for later ones `deduced` says that places were
+        found out from the routes themselves. Raises `NotFoundError` where they do not tell, and
+        for types that lack a member.
         """
         self._target = target
         types, word = target.types, target.arch.pointer_size
+        self._node = Record(target, {"bit": (2 * word, "h"), "flags": (2 * word + 3, "B")})
+        names = ("key", "mask", "duped")  # rn_u.rn_leaf; of a node rn_Off, rn_L, rn_R
+        self._union = Record(target, {name: ((3 + n) * word, "P") for n, name in enumerate(names)})
+        self._names = InterfaceNames(target)
+        self.deduced = not types.has("rtentry")
+        if self.deduced:
+            self._rtentry = self._found_out()
+            return
         fields: dict[str, tuple[int | None, str]] = {
             name: (types.offset("rtentry", member), code)
             for name, (code, member) in _RTENTRY.items()
@@ -84,10 +94,26 @@ class RouteReader:
         metrics = offset_of(types, "rtentry", "rt_rmx")
         fields["mtu"] = (None if metrics is None else metrics + 4, "I")  # after rmx_locks
         self._rtentry = Record(target, fields)
-        self._node = Record(target, {"bit": (2 * word, "h"), "flags": (2 * word + 3, "B")})
-        names = ("key", "mask", "duped")  # rn_u.rn_leaf; of a node rn_Off, rn_L, rn_R
-        self._union = Record(target, {name: ((3 + n) * word, "P") for n, name in enumerate(names)})
-        self._names = InterfaceNames(target)
+
+    def _found_out(self) -> Record:
+        """As if types knew; but for the MTU, whose place nothing bears out."""
+        found = None
+        try:
+            report = Report()
+            leaves = [leaf for _, leaf in every_leaf(self._target, self, report)]
+            masks = [self._union.read(leaf)["mask"] for leaf in leaves]
+            ifnets = frozenset(one.address for one in interfaces(self._target, report))
+            if not report.stops and all(isinstance(mask, int) for mask in masks):
+                found = route_places(self._target, leaves, ifnets, masks)
+        except (FaultError, NotFoundError):
+            pass  # of what is missing nothing can be told
+        if found is None:
+            self._target.types.struct("rtentry")  # says that there is none
+            raise NotFoundError("structure", "rtentry")
+        fields: dict[str, tuple[int | None, str]] = {
+            name: (getattr(found, name), code) for name, (code, _) in _RTENTRY.items()
+        }
+        return Record(self._target, {**fields, "mtu": (None, "I")})
 
     def leaves(self, top: int, name: str, report: Report) -> Iterator[int]:
         """The leaves below the node at `top`, in order, with those that share a key."""
@@ -157,6 +183,14 @@ def routes(target: Target, report: Report | None = None) -> Iterator[Route]:
     """
     report = report if report is not None else Report()
     reader = RouteReader(target)
+    if reader.deduced:
+        report.notes.append(DEDUCED.format("rtentry"))
+    for family, leaf in every_leaf(target, reader, report):
+        yield reader.read(leaf, family)
+
+
+def every_leaf(target: Target, reader: RouteReader, report: Report) -> Iterator[tuple[int, int]]:
+    """(family, first node) of every route. Raises `NotFoundError` without _rt_tables."""
     tables = target.symbols.get("_rt_tables")
     if tables is None:
         raise NotFoundError("symbol", "_rt_tables", hint=target.symbols.hint)
@@ -169,4 +203,4 @@ def routes(target: Target, report: Report | None = None) -> Iterator[Route]:
             report.stop(name, 0, f"{fault.address:#x} is {fault.reason}")
             continue
         for leaf in reader.leaves(top, name, report):
-            yield reader.read(leaf, family)
+            yield family, leaf

@@ -39,6 +39,7 @@ class Route(NamedTuple):
     interface: int = 1
 
 
+TYPES = {"lo": 0x18, "en": 6, "utun": 1}  # bsd/net/if_types.h
 INTERFACES = (
     Interface("lo", 0, 0x8049, 16384, addresses=(("::1", 128, None), ("127.0.0.1", 8, None))),
     Interface(
@@ -113,10 +114,11 @@ class Network:
         ground, types = self._ground, self._types
         ifnet = ground.record("ifnet")
         ifnet.ptr("if_name", ground.text(one.name))
+        ifnet.ptr("if_xname", ground.text(f"{one.name}{one.unit}"), maybe=True)
         for member, value in (("if_unit", one.unit), ("if_index", index), ("if_flags", one.flags)):
             ifnet.u16(member, value)
         data = Record(types, ground.zones["kalloc"], "if_data_internal", ifnet.place("if_data"))
-        data.u8("ifi_type", 6)
+        data.u8("ifi_type", TYPES[one.name])
         data.u32("ifi_mtu", one.mtu)
         data.u64("ifi_ipackets", index * 1000)
         data.u64("ifi_obytes", index << 33)
