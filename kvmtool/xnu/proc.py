@@ -79,13 +79,15 @@ class Proc:
         return not any(isinstance(getattr(self, n), Unreadable) for n in self.__slots__)
 
 
+_FIRST, _LAST = -30_610_224_000, 253_402_300_799  # the years of four digits
+
+
 def iso_time(start: tuple[int, int]) -> str:
     """A timeval as ISO 8601 in UTC with microseconds; an impossible one as its numbers."""
     seconds, micros = start
-    try:
-        text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
-    except (OverflowError, OSError, ValueError):
+    if not (_FIRST <= seconds <= _LAST and 0 <= micros < 1_000_000):
         return f"{seconds}.{micros:06d}"
+    text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
     return f"{text}.{micros:06d}Z"
 
 
