@@ -73,6 +73,12 @@ def test_a_file_in_the_place_of_a_command(name, option, folder):
     assert failure(path, status=2).endswith(f"try kvmtool info {option} {path}")
 
 
+def test_a_file_whose_name_is_like_a_command(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert failure("core", status=2).endswith("which is a file: try kvmtool info -M core")
+    assert failure("mach_kernel", status=2).endswith("try kvmtool info -N mach_kernel")
+
+
 def test_what_a_file_is(folder, tmp_path):
     assert kind_of(str(folder / "mach_kernel")) == ("kernel", "a kernel's file")
     assert kind_of(str(folder / "core")) == ("memory", "macho-core memory")

@@ -240,17 +240,17 @@ def _no_command(name: str) -> str:
     """What to say of a command that is none: those like it, or what to do with a file's name."""
     if name in ELSEWHERE:
         return f"no command {name!r}: {ELSEWHERE[name]} does that"
-    from difflib import get_close_matches
-
-    near = get_close_matches(name, COMMANDS, 3)
-    if near:
-        return f"no command {name!r}: did you mean {' or '.join(near)}?"
     if os.path.isfile(name):
         from kvmtool.misnamed import kind_of
 
         kind = kind_of(name)
         option = "-N" if kind is not None and kind[0] == "kernel" else "-M"
         return f"no command {name!r}, which is a file: try kvmtool info {option} {name}"
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, COMMANDS, 3)
+    if near:
+        return f"no command {name!r}: did you mean {' or '.join(near)}?"
     return f"no command {name!r}: kvmtool --help lists them"
 
 
