@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvmtool.errors import FaultError, FormatError, NotFoundError, UnsupportedError
+from kvmtool.types.near import whose_types
 from kvmtool.xnu.queues import Report
 from kvmtool.xnu.user_stack import Mappings, UserStack, UserWalk
 from kvmtool.xnu.user_state import UserState, UserStates
@@ -27,11 +28,26 @@ class UserStacks:
         """Finds the processes. Raises as `Kvm.verified_target` and `UserStates`."""
         self._kvm, self._stacks = kvm, stacks
         self._target = kvm.verified_target()
-        self._states = UserStates(self._target)
+        self._states = self._borne_out(UserStates(self._target))
         self._report = report if report is not None else Report()
         self._procs = {proc.pid: proc for proc in kvm.procs(self._report)}
         self._maps = Maps(self._target, self._report)
         self._known: dict[int, tuple[Mappings, Memory | str]] = {}
+
+    def _borne_out(self, states: UserStates) -> UserStates:
+        """What was only tried must be found of some thread. Raises `NotFoundError`."""
+        if not states.tried:
+            return states
+        for thread in self._stacks.threads:
+            if isinstance(thread.pid, int) and thread.pid > 0:
+                try:
+                    if states.read(thread.address) is not None:
+                        return states
+                except FaultError:
+                    continue
+        types = self._target.types
+        hint = whose_types(types.name, types.origin)
+        raise NotFoundError("member", "thread.machine.iss", (), hint)
 
     def of(self, thread: Thread | None) -> UserStack | None:
         """The stack of `thread` in its process; None for one that has none there."""

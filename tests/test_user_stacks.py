@@ -12,6 +12,7 @@ import kvmtool
 from kvmtool.cli import cli
 from kvmtool.errors import NotFoundError
 from kvmtool.types.model import TypeTable
+from kvmtool.xnu.thread import threads
 from kvmtool.xnu.user_stack import LIMIT, Mapping, Mappings, UserWalk
 from kvmtool.xnu.user_state import UserState, UserStates
 from tests.builders.sparse import Sparse
@@ -126,7 +127,28 @@ def test_saved_by_arm64():
     assert user_state(made.target(), thread.address) is None
 
 
-@pytest.mark.parametrize("name", ["10.5.8 i386", "10.8.5 x86_64", "10.4.11 i386"])
+@pytest.mark.parametrize("core", ["live.elfcore", "crash.kdp-core"])
+def test_built_in_types_find_the_same_by_trying(core, monkeypatch):
+    """Those of 10.9.5 do not know machine.iss; the kernel's own, which do, are hidden."""
+
+    def states():
+        with kvmtool.open(real(KERNEL), real(f"machine/{core}")) as kvm:
+            target = kvm.verified_target()
+            reader = UserStates(target)
+            return reader.tried, {
+                thread.address: reader.read(thread.address) for thread in threads(target)
+            }
+
+    tried, before = states()
+    assert not tried
+    monkeypatch.setattr("kvmtool.type_files.find_types", lambda *_, **__: None)
+    tried, after = states()
+    assert tried
+    assert after == before
+    assert len([state for state in after.values() if state is not None]) >= 4
+
+
+@pytest.mark.parametrize("name", ["10.5.8 i386", "10.4.11 i386"])
 def test_types_that_do_not_say_where(name):
     made = Sparse(name)
     thread = made.record("thread")

@@ -2,8 +2,10 @@
 
 Source: osfmk/i386/pcb.h, thread.h (machine_thread.iss; in a pcb up to xnu-1699), osfmk/mach/i386/
 thread_status.h (x86_saved_state_t), osfmk/arm64/thread.h (upcb), osfmk/mach/arm/thread_status.h
-(arm_saved_state), xnu-792..11417. Types of the kernel's own say where each register lies; without
-them it is as in xnu-4903 and later, from when on built-in layouts have machine.iss.
+(arm_saved_state), xnu-792..11417. Types of the kernel's own say where each register lies. Without
+them it is as in xnu-4903 and later where built-in layouts have machine.iss; of x86_64 kernels
+before it is tried: machine.iss is the first member, and a state of 64 bits ends with what the
+processor pushed, in one of the two places where releases have had it.
 """
 
 from __future__ import annotations
@@ -26,6 +28,10 @@ _NAMES = {  # (pc, sp, fp, code segment) of each width
     8: ("uss.ss_64.isf.rip", "uss.ss_64.isf.rsp", "uss.ss_64.rbp", "uss.ss_64.isf.cs"),
 }
 _PLACES = {4: (72, 84, 40, 76), 8: (184, 208, 112, 192)}  # xnu-4903..11417
+# (rip, rsp, rbp, cs) with v_arg6 to v_arg8 (up to xnu-2422), and without
+_TRIED = ((200, 224, 136, 208), _PLACES[8])
+_USER_END = 1 << 47
+_FLAG_1, _FLAGS_END = 0x2, 1 << 22  # rflags: bit 1 is always set
 _ARM_FP, _ARM_STATE = 8 + 8 * 29, Struct("<4QI")  # fp, lr, sp, pc, cpsr
 _ARM_MODE = 0xF  # cpsr: 0 in EL0
 
@@ -48,10 +54,15 @@ class UserStates:
         self._target, types = target, target.types
         self._arm = target.arch.name.startswith("arm64")
         self._pcb: int | None = None  # where machine.pcb is, and iss in a pcb then
+        self.tried = False  # whether no types say where it is
         if self._arm:
             self._at = _needed(types, "machine.upcb")
             return
         late = types.has("thread", "machine.iss")
+        if not late and target.arch.name == "x86_64" and types.has("thread", "machine"):
+            self._at, self.tried = types.offset("thread", "machine"), True
+            self._places: dict[int, tuple[int, ...]] = {4: _PLACES[4]}
+            return
         if late or not types.has("pcb", "iss"):
             self._at = _needed(types, "machine.iss")
         else:
@@ -73,12 +84,33 @@ class UserStates:
 
     def _x86(self, state: int) -> UserState | None:
         width = _WIDTHS.get(self._target.unsigned(state, "I"), 0)
+        if width == 8 and self.tried:
+            return self._try(state)
         if width not in self._places:
             return None
         code = "I" if width == 4 else "Q"
         places = self._places[width]
         pc, sp, fp, cs = (self._target.unsigned(state + place, code) for place in places)
-        return UserState(pc, sp, fp, None, width) if cs & 3 == 3 else None
+        # a thread of the kernel's has the selectors, too, and nothing else
+        return UserState(pc, sp, fp, None, width) if cs & 3 == 3 and pc else None
+
+    def _try(self, state: int) -> UserState | None:
+        """The one reading of a state of 64 bits in which all that the processor pushed fits."""
+        found = []
+        for at, *rest in _TRIED:
+            pushed = [self._target.unsigned(state + at + 8 * n, "Q") for n in range(5)]
+            pc, cs, flags, sp, ss = pushed
+            rings = all(selector & 3 == 3 and selector < 1 << 16 for selector in (cs, ss))
+            if (
+                rings
+                and pc < _USER_END
+                and sp < _USER_END
+                and flags & _FLAG_1
+                and flags < _FLAGS_END
+            ):
+                fp = self._target.unsigned(state + rest[1], "Q")
+                found.append(UserState(pc, sp, fp, None, 8))
+        return found[0] if len(found) == 1 else None
 
     def _arm64(self, state: int) -> UserState | None:
         data = self._target.memory.read(state + _ARM_FP, _ARM_STATE.size)
