@@ -9,6 +9,8 @@ from typing import NamedTuple
 from tests.builders import macho
 
 LC_SEGMENT, LC_SEGMENT_64 = 0x1, 0x19
+LIME = 0x4C694D45
+_LIME = struct.Struct("<2I2Q8x")  # magic, version, first and last address
 
 
 class Core(NamedTuple):
@@ -67,3 +69,37 @@ def chosen(pages: list[int], seed: int, share: float = 0.01) -> set[int]:
     """That share of the pages, at least one, at random."""
     count = max(1, round(share * len(pages)))
     return set(random.Random(seed).sample(pages, count))
+
+
+class Lime(NamedTuple):
+    """A dump of physical memory taken apart: its ranges."""
+
+    page: int
+    ranges: list[tuple[int, bytes]]  # physical address, content
+
+    def pages(self) -> list[int]:
+        """The address of every page."""
+        return [
+            start + at for start, content in self.ranges for at in range(0, len(content), self.page)
+        ]
+
+    def without(self, absent: set[int]) -> bytes:
+        """The dump, the pages at those addresses left out."""
+        parts = []
+        for start, content in self.ranges:
+            for at in range(0, len(content), self.page):
+                if start + at not in absent:
+                    data = content[at : at + self.page]
+                    parts.append(_LIME.pack(LIME, 1, start + at, start + at + len(data) - 1) + data)
+        return b"".join(parts)
+
+
+def lime_taken_apart(data: bytes, page: int) -> Lime:
+    """A LiME file as its ranges."""
+    ranges, at = [], 0
+    while at < len(data):
+        _, _, first, last = _LIME.unpack_from(data, at)
+        at += _LIME.size
+        ranges.append((first, data[at : at + last + 1 - first]))
+        at += last + 1 - first
+    return Lime(page, ranges)
