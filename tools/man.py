@@ -116,7 +116,7 @@ def page(path: str, line: str, command: click.Command, context: click.Context, d
     if command is cli:
         parts += [".SH FILES", *tagged({CACHE: "What was costly to find out; safe to remove."})]
     parts += [".SH EXAMPLES", ".nf", *map(escaped, example), ".fi"]
-    others = ["kvmtool"] if command is not cli else [f"kvmtool-{name}" for name in COMMANDS]
+    others = ["kvmtool"] if command is not cli else [f"kvmtool-{name}" for name in sorted(COMMANDS)]
     *most, last = (f".BR {escaped(name)} (1)" for name in others)
     parts += [".SH SEE ALSO", *(f"{name}," for name in most), last]
     return "\n".join(parts) + "\n"
