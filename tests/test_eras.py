@@ -66,7 +66,7 @@ def nanoseconds(name, ticks):
     return ticks if ticks is None or "arm64" not in name else ticks * 10**9 // CLOCK
 
 
-every_era = pytest.mark.parametrize("name", ERAS)
+every_era = pytest.mark.parametrize("name", ERAS, scope="module")  # one era after the other
 
 
 def test_the_eras_are_those_of_the_published_tables():

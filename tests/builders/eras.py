@@ -103,7 +103,7 @@ def everything(ground: Ground) -> dict[str, Any]:
     return truth | Usage(ground, files).plant() | Facts(ground).plant() | Ram(ground, maps).plant()
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4)  # some ten megabytes each
 def whole(name: str) -> xnu.Built:
     """The machine of that layout, made once."""
     layout, arch = layouts.table(name), name.rpartition(" ")[2]
