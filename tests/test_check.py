@@ -18,6 +18,7 @@ import pytest
 from click.testing import CliRunner
 
 import kvmtool
+from kvmtool import progress
 from kvmtool.check import CHECKS, check
 from kvmtool.checks import detour
 from kvmtool.cli import cli
@@ -789,6 +790,17 @@ def test_what_there_is_to_check():
     nothing = CliRunner().invoke(cli, [*args, "--only", "sysctl"])
     assert nothing.exit_code == 1
     assert "there was nothing to check" in nothing.stderr
+
+
+def test_how_far_it_is_is_told(tmp_path):
+    write(str(tmp_path))
+    heard = []
+    files = (str(tmp_path / "mach_kernel"), str(tmp_path / "core"))
+    with kvmtool.open(*files) as kvm, progress.listening(heard.append):
+        list(check(kvm, ["devices", "sysctl"]))
+    steps = [step for step in heard if step.what == "checking"]
+    assert [step[1:] for step in steps[:2]] == [(0, 2, "checks"), (1, 2, "checks")]
+    assert steps[-1].done == steps[-1].total
 
 
 def test_the_checks_are_quick():
