@@ -168,6 +168,7 @@ BEYOND: dict[str, str] = {
     "xnu.kext._LIMIT": STOPS,
     "xnu.msgbuf.SIZE_LIMIT": REFUSED,
     "xnu.net._LIMIT": STOPS,
+    "xnu.network_places._LIMIT": "no further one is looked at",
     "xnu.panic.BUFFER_LIMIT": "no panic log is taken from there",
     "xnu.panic._STRING_LIMIT": CUT,
     "xnu.policies._LIMIT": REFUSED,
