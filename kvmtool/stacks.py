@@ -93,17 +93,20 @@ class Stacks:
     def panicking(self, cpu: int | None = None, thread: int | None = None) -> Backtrace | None:
         """The stack that runs through panic(), else that of the `thread` or `cpu` a log names.
 
-        None where nothing leads to one.
+        Where nothing leads to one, a CPU's that is cut by missing memory: it may have run through
+        panic(). None if there is none of these.
         """
+        cut = None
         for stack in self.cpus():
             if any(frame.code.symbol in FUNCTIONS for frame in stack.frames):
                 return stack
+            cut = stack if cut is None and stack.unreadable else cut
         try:
             if thread is not None and self._reader is not None:
                 return self.at(thread)
-            return None if cpu is None else self.cpu(cpu)
+            return cut if cpu is None else self.cpu(cpu)
         except NotFoundError:
-            return None
+            return cut
 
     def _numbers(self) -> str:
         known = {*self._sets, *(thread.cpu for thread in self._running())}

@@ -184,14 +184,14 @@ def test_every_era(name, tmp_path):
     assert [frame["kext"] for frame in found["printed"]] == [None, "com.example.first"]
 
 
-def without_threads(built):
+def without_threads(built, without=()):
     from tests.builders import xnu
 
     class Core(xnu._Core):
         def _threads(self, core):
             return
 
-    return Core(built, built.shape, ()).write()
+    return Core(built, built.shape, without).write()
 
 
 # osfmk/kern/debug.h: magic, CRC, version, flags, panic log, stackshot
@@ -296,6 +296,26 @@ def test_what_cannot_be_told_is_not_denied(tmp_path):
     assert "unreadable" in found["panicked"]
     table = said(*files(tmp_path, built), "--layout", name, status=3).stdout.split("\n")
     assert table[0] == "panicked  not known"
+
+
+def test_a_stack_that_is_cut_before_panic_denies_nothing(tmp_path):
+    """Where the frames are missing that would tell, and nothing else tells."""
+    name = "10.9.5 x86_64"
+    built, running, _, _ = panicked(name)
+    for variable in ("_panicstr", "_debug_buf_ptr"):
+        running.words(running.variables[variable], 0)
+    whole = files(tmp_path, built, without_threads(built))
+    found = answer(*whole, "--layout", name)
+    assert found["evidence"] == ["stack"]
+    frame = int(found["backtrace"]["frames"][1]["fp"], 16)
+    (tmp_path / "core").write_bytes(without_threads(built, [frame]))
+    found = answer(*whole, "--layout", name, status=3)
+    assert found["evidence"] == []
+    for field in ("panicked", "thread", "cpu", "backtrace"):
+        assert "unmapped" in found[field]["unreadable"], field
+    table = said(*whole, "--layout", name, status=3).stdout.split("\n")
+    assert table[0] == "panicked  not known"
+    assert table[1].startswith("process   ? (the stack: ")
 
 
 def test_what_the_log_says_does_not_reach_the_terminal(tmp_path):

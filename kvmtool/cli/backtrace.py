@@ -158,9 +158,10 @@ def _chosen(
 def _cpus(stacks: Stacks) -> list[Backtrace]:
     found = list(stacks.cpus())
     if not found:
-        hint = (
-            "the core has none, nor has the kernel's list of processors: name a process, or --all"
-        )
+        lost = (t.cpu.reason for t in stacks.threads if isinstance(t.cpu, Unreadable))
+        why = next((f" ({reason})" for reason in lost), "")
+        hint = f"the core has none, nor has the kernel's list of processors{why}: "
+        hint += "name a process, or --all"
         raise NotFoundError("registers", "of a CPU", hint=hint)
     return found
 

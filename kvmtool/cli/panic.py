@@ -108,7 +108,7 @@ def _look(kvm: Kvm, report: Report) -> _Found:
     unknown = None
     if not evidence and stack is not None:  # it is the panic's only if there was one
         unknown = Unreadable(f"the stack: {stack.stop}") if stack.unreadable else None
-        stack = stack if unknown is not None else None
+        stack = None
     header = xnu.panic_header(target)
     return _Found(evidence, string, header, log, said, stack, printed, unknown)
 
@@ -173,11 +173,16 @@ def _called_from(kvm: Kvm, address: int) -> str:
     return str(code._replace(address=address, offset=code.offset + 1))
 
 
+def _else(said: Any, other: Any) -> Any:
+    """What the log says, or if it says nothing, the other."""
+    return other if said is None else said
+
+
 def record_of(kvm: Kvm, found: _Found) -> dict[str, Any]:
     """The answer under the names that JSON has."""
     said, stack = found.said, found.stack
     thread = stack.thread if stack is not None else None
-    caller = said.caller
+    caller, lost = said.caller, found.unknown
     frames = [*(stack.frames if stack is not None else ()), *found.printed]
     return {
         # without the string a panic can be shown, but not denied
@@ -186,18 +191,18 @@ def record_of(kvm: Kvm, found: _Found) -> dict[str, Any]:
         "message": said.message,
         "format": found.format,
         "caller": caller and Named(caller, _called_from(kvm, caller)),
-        "pid": thread.pid if thread is not None else said.pid,
-        "command": thread.command if thread is not None else said.command,
-        "tid": thread.tid if thread is not None else said.tid,
-        "thread": thread.address if thread is not None else said.thread,
-        "cpu": said.cpu if stack is None or said.cpu is not None else stack.cpu,
+        "pid": thread.pid if thread is not None else _else(said.pid, lost),
+        "command": thread.command if thread is not None else _else(said.command, lost),
+        "tid": thread.tid if thread is not None else _else(said.tid, lost),
+        "thread": thread.address if thread is not None else _else(said.thread, lost),
+        "cpu": _else(said.cpu, lost if stack is None else stack.cpu),
         "version": kvm.version,
         "osversion": said.osversion,
         "uptime": said.uptime,
         "boot_args": said.boot_args,
         "flags": list(found.header.words) if found.header is not None else None,
         "kexts": _kexts(kvm, frames),
-        "backtrace": None
+        "backtrace": lost
         if stack is None
         else {
             key: value
@@ -248,10 +253,12 @@ def _facts(found: _Found, record: dict[str, Any]) -> Iterator[tuple[str, str]]:
     thread = found.stack.thread if found.stack is not None else None
     if thread is not None:
         yield "thread", thread_words(thread)
-    elif record["command"] is not None:
-        pid = "" if record["pid"] is None else f" ({record['pid']})"
-        yield "process", f"{record['command']}{pid}, says the log"
-    if record["cpu"] is not None:
+    elif found.said.command is not None:
+        pid = "" if found.said.pid is None else f" ({found.said.pid})"
+        yield "process", f"{found.said.command}{pid}, says the log"
+    elif found.unknown is not None:
+        yield "process", f"? ({found.unknown.reason})"
+    if isinstance(record["cpu"], int):
         yield "cpu", str(record["cpu"])
     if record["version"] is not None:
         yield "kernel", record["version"]
@@ -292,5 +299,5 @@ def panic(where: Where, format: str) -> None:
         sys.stdout.writelines(f"{line.rstrip()}\n" for line in _lines(kvm, found, record))
     else:
         render_one(record, format, columns=LISTING.columns)
-    cut = found.stack is not None and found.stack.unreadable
+    cut = found.unknown is not None or (found.stack is not None and found.stack.unreadable)
     finish(report, int(cut or isinstance(found.format, Unreadable)), LISTING.what)
