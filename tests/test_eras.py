@@ -48,6 +48,8 @@ def ask(machine):
         assert stderr is None or found.stderr == stderr
         return json.loads(found.stdout) if found.stdout else None
 
+    run.where = lambda name: machine(name, "lime")
+
     return run
 
 
@@ -156,6 +158,23 @@ def test_args(name, ask):
     assert {row["pid"]: row["args"] for row in rows} == {
         row["pid"]: row["args"] for row in found.values()
     }
+
+
+@every_era
+def test_memory_of_a_process(name, ask):
+    """By its own page table; a zombie has none."""
+    built = whole(name)
+    if "maps" not in built.truth:
+        pytest.skip("no structure of this release leads to a process's page table")
+    for pid in (1, 71):
+        true = built.truth["started"][pid]
+        at = f"{true['block']:#x}"
+        (row,) = ask(name, "read", at, "64", "--pid", str(pid), "-t", "s", form="lime")
+        assert row["string"].removeprefix("executable_path=") == true["path"]
+    for pid, why in ((99_999, "it is a zombie"), (12_345, "process 12345 not found")):
+        said = CliRunner().invoke(cli, ["read", "0x1000", "4", "--pid", str(pid), *ask.where(name)])
+        assert (said.exit_code, said.stdout) == (1, "")
+        assert why in said.stderr
 
 
 @every_era

@@ -177,16 +177,21 @@ class InterfaceReader:
         """The interface at `address`; where its list of addresses ends early goes to `report`."""
         raw = self._ifnet.read(address)
         name = self._name(raw.pop("if_name"), raw.pop("unit"))
-        mac = None
+        links: list[Any] = []  # what the hardware's addresses are
+        lost: Unreadable | None = None  # where one may have been
         addresses = []
-        start = address + self._heads
-        walk = f"addresses of {name}"
+        start, stops = address + self._heads, len(report.stops)
+        walk = f"addresses of {name if isinstance(name, str) else hex(address)}"
         for ifaddr in walk_tail_queue(self._target, start, self.ifa_link, walk, report):
             one = self._address(ifaddr, raw["flags"], name)
             if one.family != FAMILIES[AF_LINK]:
                 addresses.append(one)
-            elif mac is None:
-                mac = one.address
+                lost = one.family if isinstance(one.family, Unreadable) else lost
+            else:
+                links.append(one.address)
+        if len(report.stops) > stops:
+            lost = Unreadable(report.stops[-1])
+        mac = next(filter(None, links), None) if links else lost
         return Interface(address, name, mac=mac, addresses=addresses, **raw)
 
     def name(self, address: int) -> Any:
@@ -207,7 +212,8 @@ class InterfaceReader:
         raw = self._ifaddr.read(ifaddr)
         data = guarded_sockaddr(self._target, raw["ifa_addr"])
         if isinstance(data, Unreadable) or not data or len(data) < 2:
-            return Address(data or None, data or None, None, None, None, ifaddr)
+            odd = data if isinstance(data, Unreadable) else None
+            return Address(odd, odd, odd, odd, odd, ifaddr)
         family = data[1]
         word = FAMILIES.get(family, str(family))
         if family == AF_LINK:

@@ -50,7 +50,7 @@ class Entry:
     behavior: Any
     share_mode: Any
     tag: Any
-    tag_name: str | None
+    tag_name: Any
     object: Any
     offset: Any
     submap: Any
@@ -145,7 +145,7 @@ class Maps:
             inheritance=_word(INHERITANCE, members["inheritance"]),
             behavior=_word(BEHAVIOR, members["behavior"]),
             tag=tag,
-            tag_name=tag_name(tag, where.kernel) if isinstance(tag, int) else None,
+            tag_name=tag_name(tag, where.kernel) if isinstance(tag, int) else tag,
             object=thing or None,
             offset=one.offset,
             submap=submap,
