@@ -36,9 +36,10 @@ for line in sys.stdin:
     actions = [(os.POSIX_SPAWN_DUP2, null, fd) for fd in (0, 1, 2)]
     pid = os.posix_spawnp(command[0], command, environment, file_actions=actions)
     os.close(null)
-    _, _, usage = os.wait4(pid, 0)
+    _, status, usage = os.wait4(pid, 0)
     ms = 1000 * (usage.ru_utime + usage.ru_stime)
-    print(json.dumps([ms, usage.ru_maxrss / 1024]), flush=True)
+    ended = os.waitstatus_to_exitcode(status)
+    print(json.dumps([ended, ms, usage.ru_maxrss / 1024]), flush=True)
 """
 
 
@@ -49,14 +50,20 @@ def _launcher() -> subprocess.Popen[str]:
 
 
 def cost(command: list[str] | str) -> Cost:
-    """One run of `command`; a string goes through the shell."""
+    """One run of `command`; a string goes through the shell.
+
+    Raises `RuntimeError` when it fails: what does not do its work is no contestant.
+    """
     words = ["sh", "-c", command] if isinstance(command, str) else command
     launcher = _launcher()
     assert launcher.stdin is not None
     assert launcher.stdout is not None
     launcher.stdin.write(json.dumps([words, ENVIRONMENT]) + "\n")
     launcher.stdin.flush()
-    return Cost(*json.loads(launcher.stdout.readline()))
+    ended, ms, mb = json.loads(launcher.stdout.readline())
+    if ended not in (0, 3):  # 3 is ours for a part that is missing
+        raise RuntimeError(f"exit status {ended}: {' '.join(words)}")
+    return Cost(ms, mb)
 
 
 def medians(commands: dict[str, list[str] | str], rounds: int = ROUNDS) -> dict[str, Cost]:
