@@ -34,7 +34,7 @@ def nlist(sheet: Sheet, kernel: str, what: str, least: float) -> None:
     if shutil.which("llvm-nm"):
         commands["llvm-nm"] = f"llvm-nm '{kernel}' | grep ' _cdevsw$'"
     if shutil.which("lldb-14"):
-        commands["lldb"] = ["lldb-14", "-b", "-o", "image lookup -s _cdevsw", kernel]
+        commands["lldb"] = ["lldb-14", "-b", "-o", "image lookup -s cdevsw", kernel]
     for name, code in {"lief": _LIEF, "macholib": _MACHOLIB}.items():
         if peers.installed(name):
             commands[name] = [peers.PYTHON, "-c", code.format(kernel)]
