@@ -195,10 +195,11 @@ def addresses(memory: Memory, machine: Machine, link: int | None) -> Iterator[in
             yield stext
     start = machine.first if link is None else link
     count = 1 if link is not None and machine is I386 else machine.slides
-    end = start + max(count, link is not None) * machine.step
+    step = machine.step or 4096  # of a machine without slides nothing but `link` is tried
+    end = start + max(count, link is not None) * step
     parts = getattr(memory, "stored", None)
     for first, last in ((start, end),) if parts is None else parts(start, end):
-        for address in range(first + (start - first) % machine.step, last, machine.step):
+        for address in range(first + (start - first) % step, last, step):
             if _read(memory, address, 8) == machine.head:
                 yield address
 

@@ -778,3 +778,23 @@ def test_garbage_ends_soon(seed):
             continue
         assert (way.root, way.slide) in ((here.tables.root, 0x123000), (here.tables.root, None))
     assert time.process_time() - begin < 10
+
+
+class Holed(RunMemory):
+    """Memory that tells which part of it is stored."""
+
+    def stored(self, start, end):
+        yield start, end
+
+
+@pytest.mark.parametrize("link", [None, 0x3000])
+@pytest.mark.parametrize("machine", way_places.MACHINES, ids=lambda machine: hex(machine.cputype))
+def test_a_header_where_its_file_says_or_where_it_may_slide(machine, link):
+    """Of memory with holes, too, and for a machine whose kernels slide by no known step."""
+    at = 0x3000 if link is not None else machine.first + machine.step
+    data = machine.head.ljust(0x100, b"\0")
+    columns = [array("Q", [value]) for value in (at, at + len(data), 0)]
+    found = [at] if link is not None or machine.slides else []
+    for kind in (RunMemory, Holed):
+        memory = kind(BytesSource(data, "x"), *columns)
+        assert list(way_places.addresses(memory, machine, link)) == found
