@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from kvmtool.type_files import Closable
     from kvmtool.way_in import Way
 
-_NOT_DATA = ("__LINKEDIT", "__KLD", "__PRELINK", "__PLK")  # freed once the kernel runs, or of kexts
-
 
 class Parts(NamedTuple):
     """What names need: the kernel's Mach-O, its symbols, where it was found, and its file."""
@@ -244,14 +242,16 @@ class MemoryHandle:
 
     def data_ranges(self) -> list[Region]:
         """Where the data of the kernel's image lies: its segments that hold no code, and stay."""
+        from kvmtool.kernelcache import own_segment
         from kvmtool.macho import VM_PROT_EXECUTE
         from kvmtool.memory import Region
 
+        moved = self._kernel_moved()
         return [
-            Region(segment.vmaddr + self._kernel_moved(), segment.vmsize)
+            Region(segment.vmaddr + moved, segment.vmsize)
             for segment in (() if self.kernel is None else self.kernel.segments)
             if segment.initprot and not segment.initprot & VM_PROT_EXECUTE
-            if not segment.segname.startswith(_NOT_DATA)
+            if own_segment(segment.segname)
         ]
 
     # the kernel's file

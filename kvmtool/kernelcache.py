@@ -47,6 +47,15 @@ OWN_SYMBOLS, SHARED_SYMBOLS = "own symbol table", "fileset __LINKEDIT"
 STRIPPED, CODELESS = "none: stripped", "none: no executable"
 
 
+FREED = ("__KLD", "__LINKEDIT")  # at the end of start-up, unless boot-arg keepsyms keeps them
+KEXTS = ("__PRELINK", "__PLK")  # how the names of segments begin that hold kexts
+
+
+def own_segment(segname: str) -> bool:
+    """Whether a segment of the kernel's image is the kernel's own, and stays."""
+    return segname not in FREED and not segname.startswith(KEXTS)
+
+
 class KextImage(NamedTuple):
     """A kext inside an image. `address` is that of its Mach-O header, as linked; `size` in bytes.
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from kvmtool.errors import FaultError, FormatError
 from kvmtool.image import LoadedImage
+from kvmtool.kernelcache import own_segment
 from kvmtool.macho import MH_OBJECT, VM_PROT_EXECUTE, MachO
 from kvmtool.xnu.queues import Report
 
@@ -24,18 +25,11 @@ if TYPE_CHECKING:
     from kvmtool.xnu.kext import KextInfo
 
 KERNEL = "the kernel"
-FREED = ("__KLD", "__LINKEDIT")  # at the end of start-up, unless boot-arg keepsyms keeps them
-KEXTS = ("__PRELINK", "__PLK")  # how the names of segments begin that hold kexts
 S_ATTR_PURE_INSTRUCTIONS, S_ATTR_SOME_INSTRUCTIONS = 0x80000000, 0x400
 _CODE = S_ATTR_PURE_INSTRUCTIONS | S_ATTR_SOME_INSTRUCTIONS
 LC_FUNCTION_STARTS = 0x26
 _LINKEDIT_DATA = 16  # bytes: cmd, cmdsize, dataoff, datasize
 _MOST_STARTS = 1 << 22  # bytes of function starts; the largest kernel has some 200 KB
-
-
-def own(segname: str) -> bool:
-    """Whether a segment of the kernel's image is the kernel's own, and stays."""
-    return segname not in FREED and not segname.startswith(KEXTS)
 
 
 class Part(NamedTuple):
@@ -104,13 +98,13 @@ class CodeMap:
         for section in kernel.sections:
             if section.flags & _CODE and section.size and not section.zerofill:
                 said = True
-                if own(section.segname):
+                if own_segment(section.segname):
                     start = section.addr + self.shift
                     name = f"{section.segname},{section.sectname}"
                     yield Part(name, start, start + section.size, section.offset)
         if not said:
             for segment in kernel.segments:
-                if segment.initprot & VM_PROT_EXECUTE and own(segment.segname):
+                if segment.initprot & VM_PROT_EXECUTE and own_segment(segment.segname):
                     start = segment.vmaddr + self.shift
                     end = start + min(segment.vmsize, segment.filesize)
                     head = 0 if segment.fileoff else kernel.header_size + kernel.sizeofcmds

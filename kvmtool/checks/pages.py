@@ -11,10 +11,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from kvmtool.checks.changes import AROUND, MOST, PAGE, Teller, joined, runs
-from kvmtool.checks.code import Part, own
+from kvmtool.checks.code import Part
 from kvmtool.checks.finding import DIFFERS, EXPECTED, HIGH, INFO
 from kvmtool.errors import FaultError, FormatError, MismatchError, UnsupportedError
 from kvmtool.image import LoadedImage
+from kvmtool.kernelcache import own_segment
 from kvmtool.macho import VM_PROT_WRITE
 from kvmtool.relocations import RelocatedSource, Relocations
 
@@ -76,7 +77,11 @@ def _pages(part: Part) -> int:
 def _constants(case: Case, kernel: MachO, code: list[Part]) -> Iterator[Part]:
     """What lies between the code in segments that are not writable."""
     for segment in kernel.segments:
-        if segment.initprot & VM_PROT_WRITE or not own(segment.segname) or segment.segname == _HIB:
+        if (
+            segment.initprot & VM_PROT_WRITE
+            or not own_segment(segment.segname)
+            or segment.segname == _HIB
+        ):
             continue
         start = segment.vmaddr + case.code.shift
         end = start + min(segment.vmsize, segment.filesize)

@@ -8,9 +8,9 @@ import click
 
 from kvmtool.cli.command import Sectioned
 from kvmtool.cli.listing import Listing, listing_options, opened
+from kvmtool.cli.params import pids_option
 from kvmtool.cli.procs import started
 from kvmtool.cli.render import Column
-from kvmtool.cli.words import complete_pids
 
 if TYPE_CHECKING:
     from kvmtool.cli.params import Where
@@ -31,13 +31,7 @@ LISTING = Listing(
 
 
 @click.command(cls=Sectioned)
-@click.option(
-    "--pid",
-    type=int,
-    shell_complete=complete_pids,
-    multiple=True,
-    help="Only this process. Repeatable.",
-)
+@pids_option
 @click.option("--env", is_flag=True, help="The environment, too.")
 @listing_options
 def args(

@@ -8,8 +8,8 @@ import click
 
 from kvmtool.cli.command import Sectioned
 from kvmtool.cli.listing import Listing, listing_options, opened
+from kvmtool.cli.params import pids_option
 from kvmtool.cli.render import Column
-from kvmtool.cli.words import complete_pids
 from kvmtool.unreadable import Unreadable
 
 if TYPE_CHECKING:
@@ -129,13 +129,7 @@ def _rows(reader: FileReader, found: Iterable[OpenFile]) -> Iterator[dict[str, A
 
 
 @click.command(cls=Sectioned)
-@click.option(
-    "--pid",
-    type=int,
-    shell_complete=complete_pids,
-    multiple=True,
-    help="Only this process. Repeatable.",
-)
+@pids_option
 @listing_options
 def files(pid: tuple[int, ...], where: Where, columns: tuple[str, ...], format: str) -> None:
     """List what processes hold open, as fstat and lsof do.

@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from kvmtool.cli.arguments import ADDRESS, KEXT, OFFSET, SIZE, AddressExpr
-from kvmtool.cli.words import complete_archs, complete_formats
+from kvmtool.cli.words import complete_archs, complete_formats, complete_pids
 
 if TYPE_CHECKING:
     from kvmtool.cli.render import Column
@@ -31,6 +31,7 @@ __all__ = [
     "core_argument",
     "format_option",
     "kernel_options",
+    "pids_option",
 ]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -47,6 +48,18 @@ def format_option(command: Command) -> Command:
         metavar="FORMAT",
         default="table",
         help="table, json, jsonl or csv.",
+    )
+    return option(command)
+
+
+def pids_option(command: Command) -> Command:
+    """``--pid``, for the argument `pid`: a tuple of process ids."""
+    option = click.option(
+        "--pid",
+        type=int,
+        shell_complete=complete_pids,
+        multiple=True,
+        help="Only this process. Repeatable.",
     )
     return option(command)
 

@@ -8,8 +8,9 @@ import click
 
 from kvmtool.cli.command import Sectioned
 from kvmtool.cli.listing import Listing, listing_options, opened, time_fields
+from kvmtool.cli.params import pids_option
 from kvmtool.cli.render import Column, Named
-from kvmtool.cli.words import complete_pids, remember
+from kvmtool.cli.words import remember
 from kvmtool.unreadable import Unreadable
 
 if TYPE_CHECKING:
@@ -271,13 +272,7 @@ def _keep(where: Where, checks: list[Callable[[Proc], bool]], known: list[tuple[
 
 
 @click.command(cls=Sectioned)
-@click.option(
-    "--pid",
-    type=int,
-    shell_complete=complete_pids,
-    multiple=True,
-    help="Only this process. Repeatable.",
-)
+@pids_option
 @click.option("--pgrp", "pgid", type=int, help="Only this process group.")
 @click.option("--session", "sid", type=int, help="Only this session.")
 @click.option("--tty", help="Only this terminal: ttys000, s000, console.")

@@ -111,9 +111,9 @@ def length(target: Target, start: int, shape: Shape, is_code: Callable[[int], bo
 
     Handlers that lead astray do not end it as long as an entry in order follows soon.
     """
-    entries = 0
+    entries, record = 0, entry_record(target, shape)
     for number in range(LIMIT):
-        if _is_entry(target, start + number * shape.size, shape, is_code):
+        if _is_entry(record, start + number * shape.size, is_code):
             entries = number + 1
         elif number - entries >= _HOOKED:
             break
@@ -151,18 +151,24 @@ def _leads_to_code(
     """Whether the known entries are such, but for a few that may be hooked."""
     numbers = range(known.first, known.first + len(known.arguments))
     entries = (start + number * shape.size for number in numbers)
-    missed = sum(not _is_entry(target, entry, shape, is_code) for entry in entries)
+    record = entry_record(target, shape)
+    missed = sum(not _is_entry(record, entry, is_code) for entry in entries)
     return missed * 4 <= len(numbers)
 
 
-def _is_entry(target: Target, entry: int, shape: Shape, is_code: Callable[[int], bool]) -> bool:
-    """Whether it has a handler that is code, a munger that is too, if any, and few arguments."""
+def entry_record(target: Target, shape: Shape) -> Record:
+    """What reads an entry's `handler`, `munge` and `arguments`."""
     fields: dict[str, tuple[int | None, str]] = {
         "handler": (shape.handler, "P"),
         "munge": (shape.munge, "P"),
         "arguments": (shape.arguments, shape.arguments_code),
     }
-    raw = Record(target, fields).read(entry)
+    return Record(target, fields)
+
+
+def _is_entry(record: Record, entry: int, is_code: Callable[[int], bool]) -> bool:
+    """Whether it has a handler that is code, a munger that is too, if any, and few arguments."""
+    raw = record.read(entry)
     handler, munge, arguments = raw["handler"], raw["munge"], raw["arguments"]
     if isinstance(handler, Unreadable) or isinstance(arguments, Unreadable):
         return False

@@ -11,9 +11,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvmtool.errors import FaultError, FormatError, NotFoundError
-from kvmtool.target import Record
 from kvmtool.unreadable import Unreadable
-from kvmtool.xnu.call_tables import CALLS, LIMIT, MACH_TRAPS, SYSENT, TRAPS, length, search
+from kvmtool.xnu.call_tables import (
+    CALLS,
+    LIMIT,
+    MACH_TRAPS,
+    SYSENT,
+    TRAPS,
+    entry_record,
+    length,
+    search,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -74,12 +82,7 @@ def traps(target: Target, places: Places | None = None) -> Iterator[Call]:
 
 def _entries(target: Target, table: _Table, places: Places | None) -> Iterator[Call]:
     start, shape, count = _found(target, table, places)
-    fields: dict[str, tuple[int | None, str]] = {
-        "handler": (shape.handler, "P"),
-        "munge": (shape.munge, "P"),
-        "arguments": (shape.arguments, shape.arguments_code),
-    }
-    record, names = Record(target, fields), _Names(target, table.name, count)
+    record, names = entry_record(target, shape), _Names(target, table.name, count)
     for number in range(count):
         at = start + number * shape.size
         raw = record.read(at)
