@@ -238,7 +238,7 @@ def backtrace(
             mine = None if users is None else users.of(thread)
             cut += stack.unreadable or (thread is not None and _parts_missing(thread))
             cut += mine is not None and mine.unreadable
-            strange = strange or stack.stop.endswith("lies in no known text")
+            strange = strange or stack.textless
             yield stack, mine
 
     if format == "table":

@@ -51,7 +51,7 @@ class Backtrace(NamedTuple):
 
     `thread` and `cpu` are None where not known. `origin` says where the registers come from;
     `continuation` is where a thread without a stack goes on. `unreadable` is whether memory that
-    would have gone on with it is missing.
+    would have gone on with it is missing, `textless` whether it led to where no known code lies.
     """
 
     thread: Thread | None
@@ -61,6 +61,7 @@ class Backtrace(NamedTuple):
     stop: str
     unreadable: bool = False
     continuation: Code | None = None
+    textless: bool = False
 
 
 class Unwinder:
@@ -116,7 +117,8 @@ class Unwinder:
             return Backtrace(thread, cpu, registers.origin, (), stop)
         walk = _Walk(self, registers, self._stack_of(thread))
         frames = tuple(walk)
-        return Backtrace(thread, cpu, registers.origin, frames, walk.stop, walk.unreadable)
+        stop, lost = walk.stop, walk.unreadable
+        return Backtrace(thread, cpu, registers.origin, frames, stop, lost, None, walk.textless)
 
     def is_text(self, address: int) -> bool:
         """Whether `address` lies in the text of the kernel or of a kext."""
@@ -153,7 +155,7 @@ class _Walk:
         self._bounds = stack if stack is not None and registers.fp in stack else None
         self._below = registers.sp - 1 if registers.sp else 0
         self.stop = f"more than {LIMIT} frames"
-        self.unreadable = self._syscall = False
+        self.unreadable = self.textless = self._syscall = False
 
     def __iter__(self) -> Iterator[Frame]:
         unwinder, start = self._unwinder, self._start
@@ -161,6 +163,7 @@ class _Walk:
         yield Frame(start.pc, None, code, "pc")
         if not code.inside:
             self.stop = f"it was at {start.pc:#x}, which lies in no known text"
+            self.textless = True
             return
         fp = start.fp
         hit: int | None = None  # what the handler that was just met interrupted
@@ -216,6 +219,7 @@ class _Walk:
             self.stop = f"return address {pc:#x} is not the kernel's"
         elif not code.inside:
             self.stop = f"return address {pc:#x} lies in no known text"
+            self.textless = True
         else:
             return True
         return False
